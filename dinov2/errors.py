@@ -1,0 +1,34 @@
+"""Errors a user can cause and mend.
+
+Each message is one sentence (or one per problem): what was wrong, the value seen, what is accepted and
+what to do. Command-line entry points print it and leave with exit status 1 (see :mod:`dinov2.cli`).
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user supplied; ``str(error)`` is the text to show."""
+
+
+class ConfigError(UserError, ValueError):
+    """A config file, override or command-line option is wrong."""
+
+
+class DatasetError(UserError, ValueError):
+    """A dataset string, a folder or an index does not describe usable data."""
+
+
+class WeightsError(UserError, RuntimeError):
+    """A weight file cannot be read or does not fit the model."""
+
+
+class OutputError(UserError, OSError):
+    """The output directory cannot be used."""
+
+
+def nearest(name: str, accepted: Iterable[str]) -> str:
+    """Return ``' (did you mean "x"?)'`` for the accepted name closest to ``name``, or an empty string."""
+    match = difflib.get_close_matches(str(name), [str(item) for item in accepted], n=1, cutoff=0.6)
+    return f' (did you mean "{match[0]}"?)' if match else ""

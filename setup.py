@@ -1,0 +1,52 @@
+"""Installation of the `dinov2` package: `pip install -e .[dev]`; `conda.yaml` pins the same versions."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+REQUIREMENTS = [
+    "torch>=2.10",
+    "torchvision>=0.25",
+    "omegaconf>=2.3,<2.5",
+    "fvcore>=0.1.5.post20221221",
+    "submitit>=1.5",
+    "numpy>=1.26",
+    "pillow>=10.3",
+    "safetensors>=0.5",
+]
+
+EXTRAS = {
+    "cuda": ["xformers>=0.0.35"],
+    "eval": ["scikit-learn>=1.5"],
+    "slides": ["openslide-python>=1.4", "openslide-bin>=4.0"],
+    "onnx": ["onnx>=1.17"],
+}
+EXTRAS["dev"] = [
+    *EXTRAS["eval"],
+    *EXTRAS["slides"],
+    *EXTRAS["onnx"],
+    "onnxruntime>=1.20",
+    "pytest>=8.3",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "timm>=1.0.20",
+    "transformers>=4.56",
+    "ruff>=0.8",
+    "pyyaml>=6.0",
+]
+
+setup(
+    name="dinov2",
+    version="0.0.1",
+    description="DINOv2 self-supervised training, adapted to histopathology slides",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["dinov2", "dinov2.*"]),
+    package_data={"dinov2": ["configs/**/*.yaml", "configs/*.yaml"]},
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,35 @@
+"""Shared fixtures: the recorded reference tensors, the real images and the real ViT-S/14 weights."""
+
+import json
+import os
+from pathlib import Path
+
+# Two test processes share two cores; OpenMP threads that spin slow each other down several-fold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+REPO = Path(__file__).resolve().parents[1]
+GOLDEN = REPO / "tests" / "golden"
+REAL_DATA = REPO / "scripts" / "data"
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def load_golden_json(name: str):
+    return json.loads((GOLDEN / name).read_text())
+
+
+def load_golden_tensors(name: str) -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / name)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
