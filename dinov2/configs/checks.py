@@ -1,0 +1,200 @@
+"""Checks that concern several keys at once; each names the keys it weighs and what to change.
+
+A check reads values from a flat mapping ``{"optim.epochs": 100, ...}`` and yields :class:`Finding` s. Keys
+whose own value was refused are missing from that mapping, and a check that needs one is skipped.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dinov2.configs.schema import ARCHITECTURE_SIZES, DEAD_KEYS, KEYS, SCALING_RULE
+from dinov2.errors import nearest
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check has to say; ``fatal`` stops the run, the rest are warnings."""
+
+    text: str
+    fatal: bool = True
+
+
+def warn(text: str) -> Finding:
+    return Finding(text, fatal=False)
+
+
+def find(values: Values) -> Iterator[Finding]:
+    """Run every check on the values that are right by themselves."""
+    for check in CHECKS:
+        try:
+            yield from list(check(values))
+        except KeyError as error:
+            if error.args[0] not in KEYS:
+                raise
+
+
+def crop_sizes(values: Values) -> Iterator[Finding]:
+    patch = values["student.patch_size"]
+    names = ["global", "local"] if values["crops.local_crops_number"] > 0 else ["global"]
+    for name in names:
+        size = values[f"crops.{name}_crops_size"]
+        if size % patch:
+            fits = max(round(size / patch), 1) * patch
+            yield Finding(
+                f"crops.{name}_crops_size is {size}, which student.patch_size {patch} does not divide: "
+                f"{fits} fits"
+            )
+
+
+def ordered_pairs(values: Values) -> Iterator[Finding]:
+    for key in ("ibot.mask_ratio_min_max", "crops.global_crops_scale", "crops.local_crops_scale"):
+        low, high = values[key]
+        if low > high:
+            yield Finding(f"{key} is [{low}, {high}], the smaller number comes first: [{high}, {low}]")
+
+
+def architecture(values: Values) -> Iterator[Finding]:
+    arch = values["student.arch"].removesuffix("_memeff")
+    if arch not in ARCHITECTURE_SIZES:
+        known = ", ".join(f'"{name}"' for name in ARCHITECTURE_SIZES)
+        hint = nearest(arch, ARCHITECTURE_SIZES)
+        yield Finding(f"student.arch is '{arch}', one of {known} is wanted{hint}")
+        return
+    sizes = zip(("embed_dim", "depth", "num_heads"), ARCHITECTURE_SIZES[arch], strict=True)
+    width, depth, heads = (values[f"student.{name}"] or size for name, size in sizes)
+    if width % heads:
+        yield Finding(
+            f"student.num_heads {heads} does not divide the width {width} of the attention: set "
+            f"student.num_heads to one of {_divisors(width)} or change student.embed_dim"
+        )
+    chunks = values["student.block_chunks"]
+    if chunks and depth % chunks:
+        yield Finding(
+            f"student.block_chunks {chunks} does not divide the {depth} blocks of {arch}: "
+            f"set it to 0 or one of {_divisors(depth)}"
+        )
+
+
+def run_length(values: Values) -> Iterator[Finding]:
+    names = ("optim.max_iterations", "optim.max_images", "optim.max_passes")
+    given = [name for name in names if values[name] is not None]
+    if len(given) > 1:
+        stated = " and ".join(f"{name} {values[name]}" for name in given)
+        yield Finding(f"{stated} both state the length of the run: leave one, or none to use optim.epochs")
+    elif not given or given == ["optim.max_iterations"]:
+        # How many iterations a number of images or passes makes is known only once the data is open.
+        yield from _warm_up_fits(values)
+
+
+def _warm_up_fits(values: Values) -> Iterator[Finding]:
+    epoch = values["train.OFFICIAL_EPOCH_LENGTH"]
+    warmup, frozen = values["optim.warmup_epochs"], values["optim.freeze_last_layer_epochs"]
+    if values["optim.max_iterations"] is not None:
+        total, run = values["optim.max_iterations"], f"optim.max_iterations {values['optim.max_iterations']}"
+    else:
+        total, run = values["optim.epochs"] * epoch, f"optim.epochs {values['optim.epochs']}"
+    state = (
+        f"optim.warmup_epochs {warmup} and optim.freeze_last_layer_epochs {frozen} (of {epoch} iterations "
+        f"each, train.OFFICIAL_EPOCH_LENGTH) do not fit into the {total} iterations of {run}"
+    )
+    if max(warmup, frozen) * epoch > total:
+        yield Finding(f"{state}: lower them to at most {total // epoch}, or make the run longer")
+    elif max(warmup, frozen) * epoch == total:
+        what = "warms up to" if warmup >= frozen else "keeps the last layer frozen until"
+        yield warn(
+            f"the run {what} its very end: {run} is not longer than optim.warmup_epochs {warmup} or "
+            f"optim.freeze_last_layer_epochs {frozen}"
+        )
+
+
+def losses(values: Values) -> Iterator[Finding]:
+    if values["dino.loss_weight"] == 0 and values["ibot.loss_weight"] == 0:
+        yield Finding(
+            "dino.loss_weight and ibot.loss_weight are both 0, so there is no loss for a head: "
+            "set one of them above 0"
+        )
+    alone = values["train.batch_size_per_gpu"] == 1 and values["dino.koleo_scope"] == "rank"
+    if alone and values["dino.koleo_loss_weight"] > 0:
+        yield warn(
+            "train.batch_size_per_gpu is 1, so KoLeo finds no neighbour and is left out: "
+            "use dino.koleo_scope=global, a larger batch or dino.koleo_loss_weight=0"
+        )
+
+
+def ibot_head(values: Values) -> Iterator[Finding]:
+    if values["ibot.separate_head"]:
+        return
+    for name in ("head_n_prototypes", "head_bottleneck_dim", "head_nlayers", "head_hidden_dim"):
+        key = f"ibot.{name}"
+        if values[key] not in (KEYS[key].default, values[f"dino.{name}"]):
+            yield warn(
+                f"{key} {values[key]} has no effect while ibot.separate_head is false: "
+                f"iBOT uses the DINO head with dino.{name} {values[f'dino.{name}']}"
+            )
+
+
+def learning_rate(values: Values) -> Iterator[Finding]:
+    rule, lr, base = values["optim.scaling_rule"], values["optim.lr"], values["optim.base_lr"]
+    if rule == "none":
+        if lr == 0:
+            yield Finding(
+                "optim.scaling_rule is 'none' and optim.lr is 0: state optim.lr, which is then used as it is"
+            )
+    elif lr and not _is_scaled(lr, base, rule, values["train.batch_size_per_gpu"]):
+        yield warn(
+            f"optim.lr {lr:g} is not used: optim.scaling_rule {rule} derives it from optim.base_lr {base:g}; "
+            "to use optim.lr as it is, set optim.scaling_rule=none"
+        )
+
+
+def weight_sources(values: Values) -> Iterator[Finding]:
+    one, other = values["student.pretrained_weights"], values["train.init_weights_from_chkpt"]
+    if one and other and one != other:
+        yield Finding(
+            f'student.pretrained_weights "{one}" and train.init_weights_from_chkpt "{other}" name different '
+            "weights to start from: leave one of them empty"
+        )
+
+
+def dead_keys(values: Values) -> Iterator[Finding]:
+    for key, instead in DEAD_KEYS.items():
+        if values[key] != KEYS[key].default and values[key] is not None:
+            yield warn(f"{key} {values[key]} has no effect: {instead}")
+
+
+CHECKS: tuple[Callable[[Values], Iterator[Finding]], ...] = (
+    architecture,
+    crop_sizes,
+    ordered_pairs,
+    run_length,
+    losses,
+    ibot_head,
+    learning_rate,
+    weight_sources,
+    dead_keys,
+)
+
+
+def scaled_lr(base_lr: float, rule: str, total_batch: float) -> float:
+    """Return the peak learning rate of a total batch under ``sqrt_wrt_<N>`` or ``linear_wrt_<N>``."""
+    law = SCALING_RULE.fullmatch(rule)
+    share = total_batch / int(law["reference"])
+    return base_lr * (math.sqrt(share) if law["law"] == "sqrt" else share)
+
+
+def _is_scaled(lr: float, base_lr: float, rule: str, batch_size: int) -> bool:
+    """Whether ``lr`` is what the rule makes of ``base_lr`` for some number of processes.
+
+    It is in every ``config.yaml`` of a run, which may serve as config file again.
+    """
+    ratio = lr / scaled_lr(base_lr, rule, batch_size) if base_lr else 0.0
+    processes = ratio**2 if rule.startswith("sqrt") else ratio
+    return round(processes) >= 1 and math.isclose(processes, round(processes), rel_tol=1e-6)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
