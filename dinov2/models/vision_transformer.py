@@ -4,20 +4,19 @@ Shapes: B images, C channels, H W pixels, p patch size, N = H/p * W/p patches, D
 T tokens of several batches packed into one tensor.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.errors import ConfigError, nearest
 from dinov2.layers import MemEffAttention, Mlp, NestedTensorBlock, PatchEmbed, SwiGLUFFNFused
 from dinov2.layers.block import get_attn_bias_and_cat
 from dinov2.layers.packing import PackedLayout
+from dinov2.layers.pos_embed import resample_positions
 
 FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": Mlp,
@@ -84,8 +83,8 @@ class DinoVisionTransformer(nn.Module):
             names of the parameters.
         num_register_tokens: registers R.
         interpolate_antialias: antialias resized position embeddings.
-        interpolate_offset: 0 resizes position embeddings to the exact grid; any other value, by a scale
-            factor of a grid enlarged by so many patches, as the models without registers were trained.
+        interpolate_offset: how position embeddings meet other image sizes: 0 for the exact size, as models
+            with registers were trained; 0.1 for the historic scale factor, as those without were.
 
     Raises:
         ConfigError: ``depth`` is not a multiple of ``block_chunks`` or D not one of ``num_heads``.
@@ -127,37 +126,26 @@ class DinoVisionTransformer(nn.Module):
         self.num_tokens = 1
         self.n_blocks = depth
         self.num_heads = num_heads
-        self.patch_size = patch_size
-        self.num_register_tokens = num_register_tokens
-        self.interpolate_antialias = interpolate_antialias
-        self.interpolate_offset = interpolate_offset
 
+        self.patch_size = patch_size
         self.patch_embed = embed_layer(
             img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim
         )
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(
-            torch.zeros(1, self.num_tokens + self.patch_embed.num_patches, embed_dim)
-        )
+        self.cls_token = _token_parameter(1, embed_dim)
+        self.pos_embed = _token_parameter(self.num_tokens + self.patch_embed.num_patches, embed_dim)
+        self.interpolate_offset = interpolate_offset
+        self.interpolate_antialias = interpolate_antialias
+        self.num_register_tokens = num_register_tokens
         self.register_tokens = (
-            nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim)) if num_register_tokens else None
+            _token_parameter(num_register_tokens, embed_dim) if num_register_tokens else None
         )
+
         rates = np.linspace(drop_path_rate if drop_path_uniform else 0.0, drop_path_rate, depth).tolist()
+        biases = {"qkv_bias": qkv_bias, "proj_bias": proj_bias, "ffn_bias": ffn_bias}
+        parts = {"act_layer": act_layer, "norm_layer": norm_layer, "ffn_layer": FFN_LAYERS[ffn_layer]}
+        sizes = {"dim": embed_dim, "num_heads": num_heads, "mlp_ratio": mlp_ratio}
         blocks = [
-            block_fn(
-                dim=embed_dim,
-                num_heads=num_heads,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                proj_bias=proj_bias,
-                ffn_bias=ffn_bias,
-                drop_path=rate,
-                norm_layer=norm_layer,
-                act_layer=act_layer,
-                ffn_layer=FFN_LAYERS[ffn_layer],
-                init_values=init_values,
-            )
-            for rate in rates
+            block_fn(drop_path=rate, init_values=init_values, **sizes, **biases, **parts) for rate in rates
         ]
         self.chunked_blocks = block_chunks > 0
         self.blocks = nn.ModuleList(_chunked(blocks, block_chunks) if self.chunked_blocks else blocks)
@@ -187,36 +175,17 @@ class DinoVisionTransformer(nn.Module):
             ``[1, 1 + N, D]``.
 
         Raises:
-            ConfigError: the stored grid is not square, or ``interpolate_offset`` is too far from 0.
+            ConfigError: see :func:`dinov2.layers.pos_embed.resample_positions`.
         """
-        stored = self.pos_embed.shape[1] - 1
-        if x.shape[1] - 1 == stored and w == h:
+        if x.shape[1] == self.pos_embed.shape[1] and w == h:
             return self.pos_embed
-        side = math.isqrt(stored)
-        if side * side != stored:
-            raise ConfigError(
-                f"position embeddings of {stored} patches are not a square grid and cannot be resized to "
-                f"an image of {w} x {h} pixels; build the model with a square img_size"
-            )
-        grid = (w // self.patch_size, h // self.patch_size)
-        if self.interpolate_offset:
-            # The released weights saw this sampling grid, which differs from that of the exact size.
-            target = {"scale_factor": tuple((cells + self.interpolate_offset) / side for cells in grid)}
-        else:
-            target = {"size": grid}
-        cls_pos, patch_pos = self.pos_embed.float().split([1, stored], dim=1)
-        patch_pos = F.interpolate(
-            patch_pos.unflatten(1, (side, side)).permute(0, 3, 1, 2),  # [1, D, side, side]
-            mode="bicubic",
+        positions = resample_positions(
+            self.pos_embed,
+            (w // self.patch_size, h // self.patch_size),
+            offset=self.interpolate_offset,
             antialias=self.interpolate_antialias,
-            **target,
         )
-        if patch_pos.shape[-2:] != grid:
-            raise ConfigError(
-                f"interpolate_offset {self.interpolate_offset} resizes the {side} x {side} position "
-                f"embeddings to {tuple(patch_pos.shape[-2:])} instead of {grid}; use 0.1 or 0"
-            )
-        return torch.cat([cls_pos, patch_pos.flatten(2).transpose(1, 2)], dim=1).to(x.dtype)
+        return positions.to(x.dtype)
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Embed images and add cls token, positions and registers.
@@ -356,6 +325,10 @@ class DinoVisionTransformer(nn.Module):
         return self.head(outputs["x_norm_clstoken"])
 
 
+def _token_parameter(count: int, dim: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(1, count, dim))
+
+
 def _chunked(blocks: list[nn.Module], count: int) -> list[BlockChunk]:
     """Group blocks so that each keeps its global index inside its chunk; the slots before it are empty."""
     if len(blocks) % count:
@@ -368,36 +341,37 @@ def _chunked(blocks: list[nn.Module], count: int) -> list[BlockChunk]:
     return [BlockChunk([nn.Identity()] * start + blocks[start : start + size]) for start in starts]
 
 
-def _released(sizes: dict[str, int], overrides: dict[str, Any]) -> DinoVisionTransformer:
-    block_fn = partial(NestedTensorBlock, attn_class=MemEffAttention)
-    return DinoVisionTransformer(**{"mlp_ratio": 4, "block_fn": block_fn, **sizes, **overrides})
+def _released(width: int, blocks: int, heads: int, /, **options: Any) -> DinoVisionTransformer:
+    defaults = {
+        "embed_dim": width,
+        "depth": blocks,
+        "num_heads": heads,
+        "mlp_ratio": 4,
+        "block_fn": partial(NestedTensorBlock, attn_class=MemEffAttention),
+    }
+    return DinoVisionTransformer(**{**defaults, **options})
 
 
 def vit_tiny(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-    """Width 192, 12 blocks, 3 heads; not among the released models. ``kwargs`` go to the constructor."""
-    sizes = {"embed_dim": 192, "depth": 12, "num_heads": 3}
-    return _released(sizes, {"patch_size": patch_size, "num_register_tokens": num_register_tokens, **kwargs})
+    """Width 192, 12 blocks, 3 heads; ``kwargs`` go to the constructor. Not among the released models."""
+    return _released(192, 12, 3, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
 
 
 def vit_small(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-    """Width 384, 12 blocks, 6 heads. ``kwargs`` go to the constructor."""
-    sizes = {"embed_dim": 384, "depth": 12, "num_heads": 6}
-    return _released(sizes, {"patch_size": patch_size, "num_register_tokens": num_register_tokens, **kwargs})
+    """Width 384, 12 blocks, 6 heads; ``kwargs`` go to the constructor."""
+    return _released(384, 12, 6, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
 
 
 def vit_base(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-    """Width 768, 12 blocks, 12 heads. ``kwargs`` go to the constructor."""
-    sizes = {"embed_dim": 768, "depth": 12, "num_heads": 12}
-    return _released(sizes, {"patch_size": patch_size, "num_register_tokens": num_register_tokens, **kwargs})
+    """Width 768, 12 blocks, 12 heads; ``kwargs`` go to the constructor."""
+    return _released(768, 12, 12, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
 
 
 def vit_large(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-    """Width 1024, 24 blocks, 16 heads. ``kwargs`` go to the constructor."""
-    sizes = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
-    return _released(sizes, {"patch_size": patch_size, "num_register_tokens": num_register_tokens, **kwargs})
+    """Width 1024, 24 blocks, 16 heads; ``kwargs`` go to the constructor."""
+    return _released(1024, 24, 16, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
 
 
 def vit_giant2(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
-    """Width 1536, 40 blocks, 24 heads of 64. ``kwargs`` go to the constructor; released with SwiGLU."""
-    sizes = {"embed_dim": 1536, "depth": 40, "num_heads": 24}
-    return _released(sizes, {"patch_size": patch_size, "num_register_tokens": num_register_tokens, **kwargs})
+    """Width 1536, 40 blocks, 24 heads; ``kwargs`` go to the constructor. Released with SwiGLU."""
+    return _released(1536, 40, 24, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
