@@ -4,12 +4,12 @@ A check reads values from a flat mapping ``{"optim.epochs": 100, ...}`` and yiel
 whose own value was refused are missing from that mapping, and a check that needs one is skipped.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dinov2.configs.schema import ARCHITECTURE_SIZES, DEAD_KEYS, KEYS, SCALING_RULE
+from dinov2.configs.schema import ARCHITECTURE_SIZES, DEAD_KEYS, KEYS
+from dinov2.configs.scaling import is_scaled
 from dinov2.errors import nearest
 
 Values = Mapping[str, Any]
@@ -144,7 +144,7 @@ def learning_rate(values: Values) -> Iterator[Finding]:
             yield Finding(
                 "optim.scaling_rule is 'none' and optim.lr is 0: state optim.lr, which is then used as it is"
             )
-    elif lr and not _is_scaled(lr, base, rule, values["train.batch_size_per_gpu"]):
+    elif lr and not is_scaled(lr, base, rule, values["train.batch_size_per_gpu"]):
         yield warn(
             f"optim.lr {lr:g} is not used: optim.scaling_rule {rule} derives it from optim.base_lr {base:g}; "
             "to use optim.lr as it is, set optim.scaling_rule=none"
@@ -177,23 +177,6 @@ CHECKS: tuple[Callable[[Values], Iterator[Finding]], ...] = (
     weight_sources,
     dead_keys,
 )
-
-
-def scaled_lr(base_lr: float, rule: str, total_batch: float) -> float:
-    """Return the peak learning rate of a total batch under ``sqrt_wrt_<N>`` or ``linear_wrt_<N>``."""
-    law = SCALING_RULE.fullmatch(rule)
-    share = total_batch / int(law["reference"])
-    return base_lr * (math.sqrt(share) if law["law"] == "sqrt" else share)
-
-
-def _is_scaled(lr: float, base_lr: float, rule: str, batch_size: int) -> bool:
-    """Whether ``lr`` is what the rule makes of ``base_lr`` for some number of processes.
-
-    It is in every ``config.yaml`` of a run, which may serve as config file again.
-    """
-    ratio = lr / scaled_lr(base_lr, rule, batch_size) if base_lr else 0.0
-    processes = ratio**2 if rule.startswith("sqrt") else ratio
-    return round(processes) >= 1 and math.isclose(processes, round(processes), rel_tol=1e-6)
 
 
 def _divisors(number: int) -> str:

@@ -85,7 +85,8 @@ class Key:
             words = "one of " + ", ".join(f'"{choice}"' for choice in self.rule.choices)
         else:
             words = self.rule.pattern_words or " or ".join(KIND_NAMES[kind] for kind in self.kinds)
-        words += f" {self.bounds}" if self.bounds else ""
+        if self.bounds:
+            words += (" of " if self.bounds.startswith("at") else " ") + self.bounds
         return words + " or null" if self.nullable else words
 
     def convert(self, value: Any) -> Any:

@@ -87,7 +87,7 @@ def suggest_key(path: str) -> str:
         match = difflib.get_close_matches(name, keys, n=1)
         if match:
             return f' (did you mean "{keys[match[0]]}"?)'
-    return nearest(path, KEYS)
+    return nearest(path, KEYS) if section not in SECTIONS else ""
 
 
 def _leaf(key: str) -> str:

@@ -4,10 +4,10 @@
 both with this file. Nothing here imports torch: a wrong config has to stop a run within its first second.
 """
 
-import re
 from dataclasses import dataclass, field
 
 from dinov2.configs.keys import Key, iterate_keys, setting
+from dinov2.configs.scaling import SCALING_RULE
 
 # Sizes of the built-in architectures: width, number of blocks, attention heads. The factories in
 # dinov2.models have the same (a test compares them); whoever registers another one there adds a line here.
@@ -21,7 +21,6 @@ ARCHITECTURE_SIZES: dict[str, tuple[int, int, int]] = {
 
 DTYPES = ("fp32", "fp16", "bf16")
 SHARDING_STRATEGIES = ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")
-SCALING_RULE = re.compile(r"(?:(?P<law>sqrt|linear)_wrt_(?P<reference>[1-9]\d*))|none")
 
 
 @dataclass(kw_only=True)
