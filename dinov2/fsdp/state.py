@@ -1,0 +1,86 @@
+"""Between live objects, whose tensors may be sharded, and the whole CPU tensors of a checkpoint."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dinov2 import distributed
+
+PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes)
+
+
+class Checkpointable(Protocol):
+    """What can be stored beside the model: an optimizer, a scaler, meters."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Any) -> Any: ...
+
+
+def gather(value: Any, name: str) -> Any:
+    """Return ``value`` with whole tensors on the CPU, made of nothing that a safe load would refuse.
+
+    Gathering a sharded tensor needs all processes, so every process walks through everything, in the same
+    order; only the main process keeps the tensors, the others get None in their place.
+    """
+    if isinstance(value, torch.Tensor):
+        whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+        return _compact(whole.cpu()) if distributed.is_main_process() else None
+    if isinstance(value, Mapping):
+        return {key: gather(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        kind = list if isinstance(value, list) else tuple
+        return kind(gather(item, f"{name}[{index}]") for index, item in enumerate(value))
+    # The type itself and not a subclass: numpy's float64 is a float but cannot be loaded safely.
+    assert type(value) in PLAIN_TYPES, (
+        f"{name} is a {type(value).__name__}, which a safe load refuses: store tensors and plain values only"
+    )
+    return value
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a view, which would otherwise drag its whole storage into the file."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yield every tensor of a nested state."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors(item)
+
+
+def load_model(model: nn.Module, stored: dict[str, torch.Tensor]) -> None:
+    """Load whole tensors strictly into ``model``, sharded or not."""
+    present = model.state_dict()
+    model.load_state_dict({name: _shard_like(value, present.get(name)) for name, value in stored.items()})
+
+
+def load_checkpointable(target: Checkpointable, stored: Any) -> None:
+    """Load a stored state into ``target``; for an optimizer of sharded parameters shard it as they are."""
+    if isinstance(target, torch.optim.Optimizer):
+        # An optimizer numbers its parameters in the order of its groups. Numbers beyond them are left for
+        # load_state_dict to complain about.
+        parameters = dict(enumerate(p for group in target.param_groups for p in group["params"]))
+        stored = stored | {
+            "state": {
+                index: {key: _shard_like(value, parameters.get(index)) for key, value in values.items()}
+                for index, values in stored["state"].items()
+            }
+        }
+    target.load_state_dict(stored)
+
+
+def _shard_like(stored: Any, present: Any) -> Any:
+    """Shard a stored whole tensor in the way in which ``present`` is sharded."""
+    if isinstance(present, DTensor) and isinstance(stored, torch.Tensor) and stored.shape == present.shape:
+        # Every process has read the whole tensor, so none needs to send it.
+        return distribute_tensor(
+            stored.to(present.device), present.device_mesh, present.placements, src_data_rank=None
+        )
+    return stored
