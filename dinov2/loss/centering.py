@@ -1,0 +1,124 @@
+"""Turning teacher logits into targets: Sinkhorn-Knopp and the running centre, shared by DINO and iBOT.
+
+Shapes: n rows (samples or masked patches) of this rank, K prototypes. Both ways work with and without a
+process group; with one, statistics are taken over the rows of all ranks.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dinov2 import distributed
+
+
+@torch.no_grad()
+def sinkhorn_knopp(
+    logits: Tensor, temperature: float, num_rows_global: Tensor | int | None = None, n_iterations: int = 3
+) -> Tensor:
+    """Assign rows to prototypes so that every prototype receives the same share of all rows.
+
+    The matrix exp(logits / temperature) is scaled alternately to equal prototype sums and to unit row sums
+    (Sinkhorn-Knopp; SwAV, arXiv:2006.09882, section 3.1; DINOv2, arXiv:2304.07193, section 4). It is kept
+    as ``E * prototype_scale * row_scale`` with E computed once, so an iteration is two matrix-vector
+    products. E has each row's own maximum taken out, and the weight this removes is the first
+    ``row_scale``: the result is that of the plain definition, but no entry overflows and no row vanishes.
+
+    Args:
+        logits: [n, K] teacher scores of this rank; n may be 0 when other ranks have rows.
+        temperature: teacher temperature, > 0.
+        num_rows_global: rows over all ranks; counted here when None.
+        n_iterations: rounds of scaling, >= 1.
+
+    Returns:
+        [n, K] float32 targets; each row sums to 1.
+    """
+    scaled = logits.float() / temperature
+    num_rows, num_prototypes = scaled.shape
+    if num_rows_global is None:
+        num_rows_global = torch.tensor(float(num_rows), device=scaled.device)
+        distributed.all_reduce_sum_(num_rows_global)
+
+    row_max = scaled.amax(dim=1) if num_rows else scaled.new_empty(0)
+    global_max = row_max.max() if num_rows else scaled.new_tensor(float("-inf"))
+    distributed.all_reduce_max_(global_max)
+
+    kernel = (scaled - row_max[:, None]).exp()
+    row_scale = (row_max - global_max).exp()
+    tiny = torch.finfo(torch.float32).tiny
+    prototype_scale = scaled.new_ones(num_prototypes)
+    for _ in range(n_iterations):
+        prototype_sums = kernel.T @ row_scale
+        distributed.all_reduce_sum_(prototype_sums)
+        # A prototype whose every entry underflowed stays at zero instead of turning into 0 * inf.
+        prototype_scale = 1.0 / (prototype_sums.clamp_min(tiny) * num_prototypes)
+        row_scale = 1.0 / ((kernel @ prototype_scale).clamp_min(tiny) * num_rows_global)
+    return kernel.mul_(prototype_scale).mul_((row_scale * num_rows_global)[:, None])
+
+
+class CenteredLoss(nn.Module):
+    """A loss whose teacher targets are softmax((logits - centre) / temperature).
+
+    The centre is an exponential moving average of the teacher's mean logits over all ranks (DINO,
+    arXiv:2104.14294, equation 4). The mean of a step is reduced while the step goes on and takes effect
+    when the next targets are computed: step t uses the statistics of the steps before it.
+
+    Args:
+        center_shape: shape of the ``center`` buffer; its last axis has K entries.
+        student_temp: student temperature, > 0.
+        center_momentum: share of the old centre kept by an update, 0..1.
+    """
+
+    def __init__(self, center_shape: tuple[int, ...], student_temp: float, center_momentum: float) -> None:
+        super().__init__()
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.register_buffer("center", torch.zeros(center_shape))
+        self.updated = True
+        self.reduce_handle: dist.Work | None = None
+        self.async_batch_center: Tensor | None = None  # [K + 1]: sum of the statistics, and their number
+
+    @torch.no_grad()
+    def softmax_center_teacher(self, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
+        """Return float32 targets of the shape of ``teacher_logits`` ([..., K]); rows sum to 1."""
+        self.apply_center_update()
+        return torch.softmax((teacher_logits.float() - self.center) / teacher_temp, dim=-1)
+
+    @torch.no_grad()
+    def update_center(self, teacher_logits: Tensor) -> None:
+        """Start an update of the centre from this step's teacher logits ([..., K])."""
+        self.reduce_center_update(teacher_logits)
+
+    @torch.no_grad()
+    def reduce_center_update(self, teacher_logits: Tensor) -> None:
+        """Take this rank's statistics in float32 and start summing them over the ranks."""
+        rows = self._center_rows(teacher_logits.float())
+        count = rows.new_tensor([float(len(rows))])
+        self.async_batch_center = torch.cat([rows.sum(dim=0), count])
+        if distributed.is_enabled():
+            self.reduce_handle = dist.all_reduce(self.async_batch_center, async_op=True)
+        self.updated = False
+
+    @torch.no_grad()
+    def apply_center_update(self) -> None:
+        """Finish a pending update; without one, or if no rank had any row, the centre stays as it is."""
+        if self.updated:
+            return
+        if self.reduce_handle is not None:
+            self.reduce_handle.wait()
+            self.reduce_handle = None
+        total, count = self.async_batch_center[:-1], self.async_batch_center[-1]
+        mean = (total / count.clamp_min(1.0)).view_as(self.center)
+        blended = self.center * self.center_momentum + mean * (1.0 - self.center_momentum)
+        self.center.copy_(torch.where(count > 0, blended, self.center))
+        self.async_batch_center = None
+        self.updated = True
+
+    def _center_rows(self, teacher_logits: Tensor) -> Tensor:
+        """Return the [rows, K] statistics of this rank whose mean moves the centre."""
+        raise NotImplementedError
+
+
+def soft_cross_entropy(student_logits: Tensor, teacher_probs: Tensor, student_temp: float) -> Tensor:
+    """Return [...] = -sum_k teacher * log softmax(student / temperature), in float32, for [..., K] inputs."""
+    log_probs = torch.log_softmax(student_logits.float() / student_temp, dim=-1)
+    return -(teacher_probs * log_probs).sum(dim=-1)

@@ -1,0 +1,35 @@
+"""The trainer's command line. Imports nothing heavy: mistakes are reported before torch is loaded."""
+
+import argparse
+from collections.abc import Sequence
+
+from dinov2.configs import resolve
+
+
+def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+    """Return the parser; ``opts`` takes every word from the first positional on."""
+    parser = argparse.ArgumentParser(
+        "DINOv2 training",
+        description="Self-supervised training of a vision transformer on tiles.",
+        add_help=add_help,
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML with changes to the default")
+    parser.add_argument("--no-resume", action="store_true", help="start anew even if checkpoints exist")
+    parser.add_argument("--eval-only", action="store_true", help="export the newest checkpoint and stop")
+    parser.add_argument("--eval", type=str, default="", help="accepted for old scripts; has no effect")
+    parser.add_argument(
+        "--output-dir", "--output_dir", default="", type=str, help="logs and checkpoints (default: here)"
+    )
+    parser.add_argument(
+        "--lenient-config", action="store_true", help="warn about unknown config keys instead of stopping"
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, help="config overrides, key=value; must come after all options"
+    )
+    return parser
+
+
+def check_command_line(arguments: Sequence[str]) -> None:
+    """Parse ``arguments`` and resolve the config they name; raises ConfigError for any mistake."""
+    args = get_args_parser().parse_args(arguments)
+    resolve(args.config_file, args.opts, output_dir=args.output_dir, lenient=args.lenient_config)

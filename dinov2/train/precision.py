@@ -1,0 +1,71 @@
+"""Which number format each network computes in.
+
+Weights, gradients, optimizer state and losses are float32. A network configured for fp16 or bf16
+(``compute_precision.<student|teacher>.<part>.mixed_precision.param_dtype``) runs its forward pass under
+autocast in that format.
+"""
+
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NETWORKS = ("student", "teacher")
+PARTS = ("backbone", "dino_head", "ibot_head")
+
+
+def cpu_has_bf16() -> bool:
+    """Tell whether this processor multiplies bfloat16 matrices in hardware (Linux only; else False)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return False
+    words = set(cpuinfo.read_text().split())
+    return bool(words & {"amx_bf16", "avx512_bf16", "bf16"})
+
+
+def effective_dtype(configured: str, device: torch.device) -> torch.dtype:
+    """Return the format in which a network configured as ``configured`` (a DTYPES key) runs on ``device``.
+
+    fp16 matrix products are not usable on a CPU: there bf16 stands in where the processor has it, else fp32.
+    """
+    if device.type == "cpu" and configured == "fp16":
+        return torch.bfloat16 if cpu_has_bf16() else torch.float32
+    return DTYPES[configured]
+
+
+class Precision:
+    """The formats of all six networks, and the autocast contexts that apply them.
+
+    Args:
+        compute_precision: the config section of that name.
+        device: where the networks run.
+    """
+
+    def __init__(self, compute_precision: DictConfig, device: torch.device) -> None:
+        self.device = device
+        self.configured = {
+            (network, part): compute_precision[network][part].mixed_precision.param_dtype
+            for network in NETWORKS
+            for part in PARTS
+        }
+        self.dtypes = {key: effective_dtype(name, device) for key, name in self.configured.items()}
+
+    def autocast(self, network: str, part: str) -> torch.autocast:
+        """Return the context in which to run e.g. ``("student", "backbone")``."""
+        dtype = self.dtypes[network, part]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    @property
+    def needs_grad_scaler(self) -> bool:
+        """True if a student network runs in fp16, whose small gradients would vanish unscaled."""
+        return any(self.dtypes["student", part] == torch.float16 for part in PARTS)
+
+    def describe(self) -> str:
+        """Return one line for the log: the format in use, and what it stands in for."""
+        configured = " and ".join(sorted(set(self.configured.values())))
+        used = " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in self.dtypes.values()}))
+        line = f"compute precision on {self.device.type}: {used}"
+        if any(DTYPES[name] != self.dtypes[key] for key, name in self.configured.items()):
+            line += f" (configured: {configured}, which a CPU cannot use)"
+        return line

@@ -1,0 +1,53 @@
+"""How long a run is: epochs of a fixed number of iterations (DINOv2's way), iterations, images or passes."""
+
+import math
+
+from omegaconf import DictConfig, open_dict
+
+from dinov2.errors import ConfigError
+
+
+def total_iterations(cfg: DictConfig) -> int:
+    """Return the number of optimizer steps; ``optim.max_images`` and ``max_passes`` must be settled."""
+    maximum = cfg.optim.get("max_iterations")
+    return maximum if maximum is not None else cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+
+
+def settle_run_length(cfg: DictConfig, dataset_length: int, world_size: int) -> None:
+    """Turn ``optim.max_images`` or ``optim.max_passes`` into ``optim.max_iterations``, in place.
+
+    Args:
+        cfg: resolved config.
+        dataset_length: tiles in the training set.
+        world_size: number of processes.
+
+    Raises:
+        ConfigError: if the warm-up does not fit into the run.
+    """
+    images_per_iteration = cfg.train.batch_size_per_gpu * world_size
+    images = cfg.optim.max_images
+    if cfg.optim.max_passes is not None:
+        images = cfg.optim.max_passes * dataset_length
+    if images is not None:
+        with open_dict(cfg):
+            cfg.optim.max_iterations = max(1, math.ceil(images / images_per_iteration))
+    warmup = cfg.optim.warmup_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+    if warmup > total_iterations(cfg):
+        raise ConfigError(
+            f"The warm-up of {warmup} iterations (optim.warmup_epochs {cfg.optim.warmup_epochs} x "
+            f"train.OFFICIAL_EPOCH_LENGTH {cfg.train.OFFICIAL_EPOCH_LENGTH}) is longer than the run of "
+            f"{total_iterations(cfg)} iterations; lower optim.warmup_epochs or lengthen the run."
+        )
+
+
+def describe_run_length(cfg: DictConfig, dataset_length: int, world_size: int) -> str:
+    """Say in plain words how many images and how many real passes over the dataset the run makes."""
+    iterations = total_iterations(cfg)
+    images_per_iteration = cfg.train.batch_size_per_gpu * world_size
+    images = iterations * images_per_iteration
+    epochs = iterations / cfg.train.OFFICIAL_EPOCH_LENGTH
+    return (
+        f"run length: {iterations:,} iterations of {images_per_iteration:,} images = {images:,} images = "
+        f"{images / dataset_length:.3g} passes over {dataset_length:,} tiles "
+        f"({epochs:.4g} epochs of {cfg.train.OFFICIAL_EPOCH_LENGTH:,} iterations)"
+    )

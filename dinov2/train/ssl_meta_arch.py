@@ -1,0 +1,336 @@
+"""Student, teacher and the DINOv2 objective (arXiv:2304.07193, section 4).
+
+Shapes: B images per rank, L local crops per image, N patches per global crop, M masked patches, D width,
+K prototypes. Rows of crops are crop-major: the first global crop of every image, then the second; then the
+first local crop of every image, and so on.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from dinov2 import distributed
+from dinov2.configs import dinov2_default_config
+from dinov2.errors import ConfigError
+from dinov2.fsdp import ShardedGradScaler
+from dinov2.layers import DINOHead
+from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
+from dinov2.models import build_model_from_cfg
+from dinov2.train.initialization import load_initial_weights
+from dinov2.train.precision import Precision
+from dinov2.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
+from dinov2.utils.utils import has_batchnorms
+
+logger = logging.getLogger("dinov2")
+
+NUM_GLOBAL_CROPS = 2
+CENTERINGS = ("centering", "sinkhorn_knopp")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One collated batch, on the networks' device."""
+
+    global_crops: Tensor  # [2B, 3, H, W]
+    local_crops: Tensor | None  # [L*B, 3, h, w]
+    masks: Tensor  # [2B, N] bool
+    mask_indices: Tensor  # [M] positions in the flattened [2B * N] grid
+    masks_weight: Tensor  # [M] 1 / masked patches of the crop
+
+    @classmethod
+    def from_collated(cls, images: dict[str, Any], device: torch.device, num_local_crops: int) -> "Batch":
+        """Move the entries of ``collate_data_and_cast`` to ``device``."""
+
+        def to_device(key: str) -> Tensor:
+            return images[key].to(device, non_blocking=True)
+
+        return cls(
+            global_crops=to_device("collated_global_crops"),
+            local_crops=to_device("collated_local_crops") if num_local_crops else None,
+            masks=to_device("collated_masks"),
+            mask_indices=to_device("mask_indices_list"),
+            masks_weight=to_device("masks_weight"),
+        )
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """Prototype assignments, float32; None for a term that is off."""
+
+    cls: Tensor | None  # [2B, K], row i made from the other view of the image in student row i
+    patches: Tensor | None  # [M, K]
+
+
+@dataclass(frozen=True)
+class StudentOutputs:
+    """What the losses compare with the targets; None for a term that is off."""
+
+    global_cls_tokens: Tensor  # [2B, D], before the head
+    global_cls_logits: Tensor | None  # [2B, K]
+    local_cls_logits: Tensor | None  # [L*B, K]
+    patch_logits: Tensor | None  # [M, K]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The scalar that is minimised, and the entries shown under DINOv2's names and with its scaling."""
+
+    total: Tensor
+    logged: dict[str, Tensor]
+
+
+class SSLMetaArch(nn.Module):
+    """The networks being trained and one method for each part of a training step.
+
+    Args:
+        cfg: resolved training config (``dinov2.configs.resolve_config``).
+
+    Attributes:
+        student, teacher: ``nn.ModuleDict`` with ``backbone``, ``dino_head`` and, if separate, ``ibot_head``.
+        dino_loss, ibot_patch_loss, koleo_loss: the terms that are on.
+        fp16_scaler: gradient scaler, or None where no network runs in fp16.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__()
+        # A config written for DINOv2 itself lacks the keys that were added here.
+        self.cfg = cfg = OmegaConf.merge(OmegaConf.to_container(dinov2_default_config), cfg)
+        self.do_dino = cfg.dino.loss_weight > 0
+        self.do_ibot = cfg.ibot.loss_weight > 0
+        self.do_koleo = cfg.dino.koleo_loss_weight > 0
+        self.ibot_separate_head = bool(cfg.ibot.separate_head)
+        self.num_local_crops = cfg.crops.local_crops_number
+        self.dino_out_dim = cfg.dino.head_n_prototypes
+        self.ibot_out_dim = cfg.ibot.head_n_prototypes if self.ibot_separate_head else self.dino_out_dim
+        self.need_to_synchronize_fsdp_streams = False
+        if cfg.train.centering not in CENTERINGS:
+            raise NotImplementedError(f"train.centering {cfg.train.centering!r} is not one of {CENTERINGS}.")
+
+        student_backbone, teacher_backbone, self.embed_dim = build_model_from_cfg(cfg)
+        self.student = nn.ModuleDict({"backbone": student_backbone, **self._build_heads()})
+        self.teacher = nn.ModuleDict({"backbone": teacher_backbone, **self._build_heads()})
+        self.teacher.requires_grad_(False)
+        if self.do_dino:
+            self.dino_loss = DINOLoss(self.dino_out_dim)
+        if self.do_koleo:
+            self.koleo_loss = KoLeoLoss(scope=cfg.dino.koleo_scope)
+        if self.do_ibot:
+            self.ibot_patch_loss = iBOTPatchLoss(self.ibot_out_dim)
+
+        self.teacher_parts_loaded = load_initial_weights(self.student, self.teacher, cfg)
+        self.precision = Precision(cfg.compute_precision, torch.device("cpu"))
+        self.fp16_scaler: ShardedGradScaler | None = None
+
+    def _build_heads(self) -> dict[str, DINOHead]:
+        sections = {}
+        if self.do_dino or (self.do_ibot and not self.ibot_separate_head):
+            sections["dino_head"] = self.cfg.dino
+        if self.do_ibot and self.ibot_separate_head:
+            sections["ibot_head"] = self.cfg.ibot
+        return {
+            name: DINOHead(
+                in_dim=self.embed_dim,
+                out_dim=section.head_n_prototypes,
+                hidden_dim=section.head_hidden_dim,
+                bottleneck_dim=section.head_bottleneck_dim,
+                nlayers=section.head_nlayers,
+            )
+            for name, section in sections.items()
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.student.parameters()).device
+
+    def forward(self, inputs: Any) -> None:
+        """Not defined: a training step is :meth:`forward_backward`, features come from a backbone."""
+        raise NotImplementedError("Use forward_backward() to train, or teacher.backbone for features.")
+
+    def forward_backward(self, images: dict[str, Any], teacher_temp: float) -> dict[str, Tensor]:
+        """Run both networks and backpropagate the total loss.
+
+        Args:
+            images: what ``collate_data_and_cast`` returns.
+            teacher_temp: teacher temperature, > 0.
+
+        Returns:
+            The logged entries, scalars on the device. ``ibot_loss`` and ``koleo_loss`` are half of what is
+            minimised and no loss weight of DINO or iBOT is applied, as DINOv2 logs them.
+        """
+        losses = self.compute_losses(images, teacher_temp)
+        self.backprop_loss(losses.total)
+        return losses.logged
+
+    def compute_losses(self, images: dict[str, Any], teacher_temp: float) -> Losses:
+        """Run both networks on a collated batch and return the losses with their graph."""
+        batch = Batch.from_collated(images, self.device, self.num_local_crops)
+        targets = self.teacher_targets(batch, teacher_temp)
+        outputs = self.student_outputs(batch)
+        return self.combine_losses(batch, targets, outputs)
+
+    @torch.no_grad()
+    def teacher_targets(self, batch: Batch, teacher_temp: float) -> TeacherTargets:
+        """Assign the unmasked global crops to prototypes with the teacher."""
+        with self.precision.autocast("teacher", "backbone"):
+            features = self.teacher["backbone"](batch.global_crops, is_training=True)
+        first, second = features["x_norm_clstoken"].chunk(NUM_GLOBAL_CROPS)
+        cls_logits, patch_logits = self._project(
+            "teacher",
+            cls_tokens=torch.cat((second, first)),
+            patch_tokens=features["x_norm_patchtokens"].flatten(0, 1)[batch.mask_indices],
+        )
+        return TeacherTargets(
+            cls=self._assign_cls(cls_logits, teacher_temp) if self.do_dino else None,
+            patches=self._assign_patches(patch_logits, teacher_temp) if self.do_ibot else None,
+        )
+
+    def student_outputs(self, batch: Batch) -> StudentOutputs:
+        """Run the student on the masked global crops and the local crops in one packed pass."""
+        crops, masks = [batch.global_crops], [batch.masks]
+        if batch.local_crops is not None:
+            crops.append(batch.local_crops)
+            masks.append(None)
+        with self.precision.autocast("student", "backbone"):
+            features = self.student["backbone"](crops, masks=masks, is_training=True)
+        global_cls = features[0]["x_norm_clstoken"]
+        local_cls = [features[1]["x_norm_clstoken"]] if batch.local_crops is not None else []
+        patch_tokens = features[0]["x_norm_patchtokens"].flatten(0, 1)[batch.mask_indices]
+        cls_logits, patch_logits = self._project("student", torch.cat([global_cls, *local_cls]), patch_tokens)
+        global_logits, local_logits = None, None
+        if self.do_dino:
+            global_logits, local_logits = cls_logits.tensor_split([len(global_cls)])
+        return StudentOutputs(global_cls, global_logits, local_logits, patch_logits)
+
+    def combine_losses(self, batch: Batch, targets: TeacherTargets, outputs: StudentOutputs) -> Losses:
+        """Weigh the terms into the total; every term may be off."""
+        total = torch.zeros((), device=self.device)
+        logged: dict[str, Tensor] = {}
+        num_local_terms = max(NUM_GLOBAL_CROPS * self.num_local_crops, 1)
+        num_terms = num_local_terms + NUM_GLOBAL_CROPS
+
+        if self.do_dino and self.num_local_crops:
+            local_views = outputs.local_cls_logits.chunk(self.num_local_crops)
+            loss = self.dino_loss(local_views, targets.cls.chunk(NUM_GLOBAL_CROPS)) / num_terms
+            logged["dino_local_crops_loss"] = loss
+            total = total + self.cfg.dino.loss_weight * loss
+        if self.do_dino:
+            # One call for both views: its mean over 2B rows is half the sum of the two views' means.
+            loss = self.dino_loss([outputs.global_cls_logits], [targets.cls]) * NUM_GLOBAL_CROPS / num_terms
+            logged["dino_global_crops_loss"] = loss
+            total = total + self.cfg.dino.loss_weight * loss
+        if self.do_koleo:
+            # Per view: two views of one image must not push each other apart.
+            views = outputs.global_cls_tokens.chunk(NUM_GLOBAL_CROPS)
+            loss = self.cfg.dino.koleo_loss_weight * sum(self.koleo_loss(view) for view in views)
+            logged["koleo_loss"] = loss / NUM_GLOBAL_CROPS
+            total = total + loss
+        if self.do_ibot:
+            loss = self.ibot_patch_loss.forward_masked(
+                outputs.patch_logits, targets.patches, batch.masks, masks_weight=batch.masks_weight
+            )
+            logged["ibot_loss"] = loss / NUM_GLOBAL_CROPS
+            total = total + self.cfg.ibot.loss_weight * loss
+        return Losses(total, {name: value.detach() for name, value in logged.items()})
+
+    def backprop_loss(self, loss: Tensor) -> None:
+        """Backpropagate, scaled where the student runs in fp16."""
+        if self.fp16_scaler is not None:
+            loss = self.fp16_scaler.scale(loss)
+        loss.backward()
+
+    def _project(
+        self, network: str, cls_tokens: Tensor, patch_tokens: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Run [n, D] cls tokens and [M, D] masked patch tokens through the heads of the terms that are on."""
+        heads = getattr(self, network)
+        if self.ibot_separate_head or not (self.do_dino and self.do_ibot):
+            patch_part = "ibot_head" if self.ibot_separate_head else "dino_head"
+            return (
+                self._run_head(heads, network, "dino_head", cls_tokens) if self.do_dino else None,
+                self._run_head(heads, network, patch_part, patch_tokens) if self.do_ibot else None,
+            )
+        logits = self._run_head(heads, network, "dino_head", torch.cat((cls_tokens, patch_tokens)))
+        return tuple(logits.tensor_split([len(cls_tokens)]))
+
+    def _run_head(self, heads: nn.ModuleDict, network: str, part: str, tokens: Tensor) -> Tensor:
+        with self.precision.autocast(network, part):
+            return heads[part](tokens)
+
+    def _assign_cls(self, logits: Tensor, teacher_temp: float) -> Tensor:
+        if self.cfg.train.centering == "sinkhorn_knopp":
+            return self.dino_loss.sinkhorn_knopp_teacher(logits, teacher_temp)
+        targets = self.dino_loss.softmax_center_teacher(logits, teacher_temp)
+        self.dino_loss.update_center(logits)
+        return targets
+
+    def _assign_patches(self, logits: Tensor, teacher_temp: float) -> Tensor:
+        if self.cfg.train.centering == "sinkhorn_knopp":
+            num_masked = torch.tensor([len(logits)], device=logits.device)
+            return self.ibot_patch_loss.sinkhorn_knopp_teacher(logits, teacher_temp, num_masked)
+        targets = self.ibot_patch_loss.softmax_center_teacher(logits[None], teacher_temp)[0]
+        self.ibot_patch_loss.update_center(logits[None])
+        return targets
+
+    @torch.no_grad()
+    def update_teacher(self, m: float) -> None:
+        """Move every teacher parameter towards the student's: teacher <- m * teacher + (1 - m) * student."""
+        teacher = list(self.teacher.parameters())
+        torch._foreach_lerp_(teacher, list(self.student.parameters()), 1.0 - m)
+
+    def train(self, mode: bool = True) -> "SSLMetaArch":
+        """Set the student's mode; the teacher always stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def finish_center_updates(self) -> None:
+        """Apply pending centre updates, so that the state saved is complete."""
+        for loss in (getattr(self, "dino_loss", None), getattr(self, "ibot_patch_loss", None)):
+            if loss is not None:
+                loss.apply_center_update()
+
+    def get_maybe_fused_params_for_submodel(self, m: nn.Module) -> list[dict[str, Any]]:
+        """Return the fused parameter groups of one student submodule."""
+        groups = get_params_groups_with_decay(
+            m,
+            lr_decay_rate=self.cfg.optim.layerwise_decay,
+            patch_embed_lr_mult=self.cfg.optim.patch_embed_lr_mult,
+        )
+        return [{**group, "foreach": True} for group in fuse_params_groups(groups)]
+
+    def get_params_groups(self) -> list[dict[str, Any]]:
+        """Return the parameter groups of all student submodules, backbone first."""
+        return [group for m in self.student.values() for group in self.get_maybe_fused_params_for_submodel(m)]
+
+    def prepare_for_distributed_training(self) -> None:
+        """Give teacher and student, on every rank, the values to start from; choose number formats.
+
+        Call once the networks are on their device. Teacher parts that were loaded from a file keep their
+        values, the others copy the student's.
+
+        Raises:
+            ConfigError: if the student holds batch normalisation, whose statistics ranks would not share.
+        """
+        if has_batchnorms(self.student):
+            raise ConfigError(
+                "The student contains batch normalisation, which is not synchronised between processes; "
+                "build its heads with use_bn=False."
+            )
+        for name, module in self.student.items():
+            if name not in self.teacher_parts_loaded:
+                self.teacher[name].load_state_dict(module.state_dict())
+        if distributed.is_enabled():
+            for tensor in self.state_dict().values():
+                dist.broadcast(tensor, src=0)
+        self.precision = Precision(self.cfg.compute_precision, self.device)
+        if self.cfg.compute_precision.grad_scaler and self.precision.needs_grad_scaler:
+            self.fp16_scaler = ShardedGradScaler()
+
+    def fsdp_synchronize_streams(self) -> None:
+        """Kept for scripts that call it; there are no private streams to synchronise."""

@@ -1,0 +1,261 @@
+"""Training entry point and loop.
+
+    torchrun --standalone --nproc-per-node=4 dinov2/train/train.py \
+        --config-file dinov2/configs/train/vitl16-tcga-dino.yaml --output-dir ./results/run1 \
+        train.dataset_path=Pathology:split=TRAIN:root=...:extra=...:sshid=13
+
+One process needs no launcher: ``python dinov2/train/train.py ...``.
+"""
+
+import sys
+
+if __name__ == "__main__":
+    # A wrong config should stop the run in its first second; importing torch alone takes longer.
+    from dinov2 import cli
+    from dinov2.train.arguments import check_command_line
+
+    cli.run(check_command_line, sys.argv[1:])
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from dinov2 import distributed
+from dinov2.errors import UserError, WeightsError
+from dinov2.fsdp import FSDPCheckpointer
+from dinov2.logging import MetricLogger
+from dinov2.train.arguments import get_args_parser
+from dinov2.train.export import export_networks
+from dinov2.train.input import build_data_loader, build_dataset
+from dinov2.train.optimizer import (
+    apply_optim_scheduler,
+    average_gradients,
+    build_optimizer,
+    clip_gradients,
+)
+from dinov2.train.run_length import describe_run_length, settle_run_length, total_iterations
+from dinov2.train.schedules import ScheduleValues, build_schedulers
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.utils.config import setup, write_config
+from dinov2.utils.device import resolve_device
+from dinov2.utils.seeding import seed_everything
+
+__all__ = [
+    "apply_optim_scheduler",
+    "build_optimizer",
+    "build_schedulers",
+    "do_test",
+    "do_train",
+    "get_args_parser",
+    "main",
+]
+
+logger = logging.getLogger("dinov2")
+
+
+class NonFiniteLossError(UserError, FloatingPointError):
+    """A loss or gradient is inf or NaN; raised on every rank before any weight has moved."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports, averaged over ranks."""
+
+    losses: dict[str, float]  # DINOv2's entries, then total_loss: the value that was minimised
+    grad_norms: dict[str, float]  # per student submodule, before clipping
+    stepped: bool  # False if the gradient scaler skipped the step
+
+
+def train_step(
+    model: SSLMetaArch,
+    optimizer: torch.optim.Optimizer,
+    images: dict[str, Any],
+    values: ScheduleValues,
+    clip_grad: float | None,
+) -> StepResult:
+    """Do one optimizer step and move the teacher; nothing moves if a loss or gradient is not finite."""
+    apply_optim_scheduler(optimizer, values.lr, values.weight_decay, values.last_layer_lr)
+    optimizer.zero_grad(set_to_none=True)
+
+    losses = model.compute_losses(images, values.teacher_temp)
+    reduced = reduce_losses({**losses.logged, "total_loss": losses.total.detach()})
+    _require_finite(reduced, "loss")
+
+    model.backprop_loss(losses.total)
+    average_gradients(model.student.parameters())
+    if model.fp16_scaler is not None:
+        model.fp16_scaler.unscale_(optimizer)
+    norms = {name: norm.item() for name, norm in clip_gradients(model.student, clip_grad).items()}
+    stepped = _step_optimizer(model, optimizer, norms)
+    if stepped:
+        model.update_teacher(values.momentum)
+    return StepResult(reduced, norms, stepped)
+
+
+def _step_optimizer(
+    model: SSLMetaArch, optimizer: torch.optim.Optimizer, grad_norms: dict[str, float]
+) -> bool:
+    """Step, and tell whether the weights moved: with fp16, a gradient that overflows skips the step."""
+    scaler = model.fp16_scaler
+    if scaler is None:
+        _require_finite(grad_norms, "gradient norm")
+        optimizer.step()
+        return True
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale() >= scale
+
+
+def reduce_losses(losses: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Average scalars over ranks with one collective and one transfer to the host."""
+    stacked = torch.stack([value.float() for value in losses.values()])
+    distributed.all_reduce_sum_(stacked)
+    means = (stacked / distributed.get_global_size()).tolist()
+    return dict(zip(losses, means, strict=True))
+
+
+def _require_finite(values: dict[str, float], what: str) -> None:
+    """Raise on every rank alike: the values are the same on all of them."""
+    if all(abs(value) < float("inf") for value in values.values()):
+        return
+    listed = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+    raise NonFiniteLossError(f"a {what} is not finite ({listed})")
+
+
+def do_test(cfg: DictConfig, model: SSLMetaArch, iteration: str | int) -> None:
+    """Export teacher and student to ``<output_dir>/eval/<iteration>``, e.g. ``training_9999``."""
+    folder = Path(cfg.train.output_dir) / "eval" / str(iteration)
+    export_networks(model.student, model.teacher, folder)
+    logger.info("exported teacher and student to %s", folder)
+
+
+def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> dict[str, float]:
+    """Train ``model``, which is prepared and on its device, to the end of the configured run.
+
+    Args:
+        cfg: resolved config, learning rate scaled.
+        model: networks to train.
+        resume: continue from the newest checkpoint in the output directory.
+
+    Returns:
+        Name of each metric -> its average over the run and all ranks.
+
+    Raises:
+        NonFiniteLossError: naming iteration and losses; the last checkpoint is intact.
+    """
+    model.train()
+    dataset = build_dataset(cfg)
+    settle_run_length(cfg, len(dataset), distributed.get_global_size())
+    write_config(cfg, cfg.train.output_dir)
+    optimizer = build_optimizer(cfg, model.get_params_groups())
+    schedules = build_schedulers(cfg)
+    checkpointer, start_iteration = restore(cfg, model, optimizer, resume=resume)
+    max_iterations = total_iterations(cfg)
+    if start_iteration >= max_iterations:
+        logger.info("this run is complete: %d of %d iterations are done", start_iteration, max_iterations)
+        return {}
+
+    world_size = distributed.get_global_size()
+    logger.info("%s", describe_run_length(cfg, len(dataset), world_size))
+    loader = build_data_loader(cfg, dataset, start_iteration, model.precision.dtypes["student", "backbone"])
+    metrics = MetricLogger(
+        delimiter="  ", output_file=str(Path(cfg.train.output_dir) / "training_metrics.json")
+    )
+    batches = metrics.log_every(
+        loader,
+        cfg.train.log_period,
+        "Training",
+        max_iterations,
+        start_iteration,
+        images_per_iteration=cfg.train.batch_size_per_gpu * world_size,
+    )
+    for iteration, images in enumerate(batches, start=start_iteration):
+        # The step's own randomness (stochastic depth) depends on where the run stands, not on its history.
+        seed_everything(cfg.train.seed, distributed.get_global_rank(), iteration)
+        values = schedules.at(iteration)
+        try:
+            result = train_step(model, optimizer, images, values, cfg.optim.clip_grad)
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(
+                f"Iteration {iteration}: {error}; no weights were changed by it. Resume from the last "
+                "checkpoint with a lower optim.base_lr, or use bf16 or fp32 in compute_precision."
+            ) from None
+        metrics.update(
+            lr=values.lr,
+            wd=values.weight_decay,
+            mom=values.momentum,
+            last_layer_lr=values.last_layer_lr,
+            current_batch_size=float(images["collated_global_crops"].shape[0]) / 2,
+            teacher_temp=values.teacher_temp,
+            **{"total_loss": result.losses["total_loss"], **result.losses},
+            **{f"grad_norm_{name}": norm for name, norm in result.grad_norms.items()},
+        )
+        save_if_due(cfg, model, checkpointer, iteration, is_last=iteration == max_iterations - 1)
+
+    metrics.synchronize_between_processes()
+    return {name: meter.global_avg for name, meter in metrics.meters.items()}
+
+
+def restore(
+    cfg: DictConfig, model: SSLMetaArch, optimizer: torch.optim.Optimizer | None, *, resume: bool
+) -> tuple[FSDPCheckpointer, int]:
+    """Return the run's checkpointer and the iteration to start with, after loading the newest state."""
+    state = {"optimizer": optimizer} if optimizer is not None else {}
+    if model.fp16_scaler is not None:
+        state["fp16_scaler"] = model.fp16_scaler
+    checkpointer = FSDPCheckpointer(
+        model, cfg.train.output_dir, max_to_keep=cfg.checkpointing.max_to_keep, **state
+    )
+    loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    return checkpointer, loaded.get("iteration", -1) + 1
+
+
+def save_if_due(
+    cfg: DictConfig, model: SSLMetaArch, checkpointer: FSDPCheckpointer, iteration: int, *, is_last: bool
+) -> None:
+    """Export and checkpoint after the zero-based ``iteration``, by their periods and at the end."""
+    done = iteration + 1
+    export_period = cfg.evaluation.eval_period_iterations
+    if export_period > 0 and (done % export_period == 0 or is_last):
+        do_test(cfg, model, f"training_{iteration}")
+    period = cfg.checkpointing.period or 3 * cfg.train.OFFICIAL_EPOCH_LENGTH
+    if is_last or done % period == 0:
+        model.finish_center_updates()
+        name = "model_final" if is_last else f"model_{iteration:07d}"
+        checkpointer.save(name, iteration=iteration)
+
+
+def export_only(cfg: DictConfig, model: SSLMetaArch, *, resume: bool) -> None:
+    """Export the newest checkpoint (or MODEL.WEIGHTS) to ``eval/manual_<iterations done>``."""
+    _, iterations_done = restore(cfg, model, optimizer=None, resume=resume)
+    if iterations_done == 0:
+        raise WeightsError(
+            f"--eval-only found no checkpoint in {cfg.train.output_dir!r} and MODEL.WEIGHTS is empty; "
+            "name the output directory of a run, or a checkpoint file with MODEL.WEIGHTS=..."
+        )
+    do_test(cfg, model, f"manual_{iterations_done}")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run what the parsed command line asks for."""
+    cfg = setup(args)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    device = resolve_device(cfg.train.device)
+    model = SSLMetaArch(cfg).to(device)
+    model.prepare_for_distributed_training()
+    logger.info("%s", model.precision.describe())
+    resume = not args.no_resume
+    if args.eval_only:
+        export_only(cfg, model, resume=resume)
+    else:
+        do_train(cfg, model, resume=resume)
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser().parse_args())

@@ -1,0 +1,53 @@
+"""Two processes over gloo train exactly what one process trains on the same global batch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from tests.conftest import GOLDEN, REPO
+
+
+def train(config_file, output, processes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", str(REPO / "tests/train/parallel_worker.py")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    done = subprocess.run(
+        [*command, str(config_file), str(output)], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(output, weights_only=True)
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+@pytest.mark.parametrize("separate_head", [False, True], ids=["shared", "separate"])
+def test_two_processes_equal_one(centering, separate_head, tmp_path):
+    cfg = OmegaConf.load(GOLDEN / "meta_centering_separate.yaml")
+    cfg.train.centering = centering
+    cfg.ibot.separate_head = separate_head
+    cfg.student.arch = "vit_tiny"
+    cfg.student.embed_dim, cfg.student.depth, cfg.student.num_heads = 48, 2, 3
+    # DINOv2's KoLeo looks for neighbours within a rank; among all ranks it does not depend on the split.
+    cfg.dino.koleo_scope = "global"
+    cfg.optim.epochs = 5
+    cfg.optim.warmup_epochs = 0
+    cfg.optim.freeze_last_layer_epochs = 0
+    config_file = tmp_path / "config.yaml"
+    OmegaConf.save(cfg, config_file)
+
+    one = train(config_file, tmp_path / "one.pt", processes=1)
+    two = train(config_file, tmp_path / "two.pt", processes=2)
+
+    for step, (expected, got) in enumerate(zip(one["losses"], two["losses"], strict=True)):
+        assert got == pytest.approx(expected, rel=1e-5), step
+    for expected, got in zip(one["grad_norms"], two["grad_norms"], strict=True):
+        assert got == pytest.approx(expected, rel=1e-4)
+    assert one["state"].keys() == two["state"].keys()
+    for name, expected in one["state"].items():
+        distance = (two["state"][name] - expected).norm()
+        assert distance <= 1e-5 * expected.norm() + 1e-7, name
+    moved = [one["losses"][0]["total_loss"], one["losses"][-1]["total_loss"]]
+    assert abs(moved[0] - moved[1]) > 1e-2, "nothing was learned, so nothing was compared"
