@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dinov2.configs.schema import ARCHITECTURE_SIZES, DEAD_KEYS, KEYS
 from dinov2.configs.scaling import is_scaled
+from dinov2.configs.schema import ARCHITECTURE_SIZES, DEAD_KEYS, KEYS
 from dinov2.errors import nearest
 
 Values = Mapping[str, Any]
@@ -31,7 +31,7 @@ def find(values: Values) -> Iterator[Finding]:
     """Run every check on the values that are right by themselves."""
     for check in CHECKS:
         try:
-            yield from list(check(values))
+            yield from check(values)
         except KeyError as error:
             if error.args[0] not in KEYS:
                 raise
@@ -52,7 +52,7 @@ def crop_sizes(values: Values) -> Iterator[Finding]:
 
 def ordered_pairs(values: Values) -> Iterator[Finding]:
     for key in ("ibot.mask_ratio_min_max", "crops.global_crops_scale", "crops.local_crops_scale"):
-        low, high = values[key]
+        low, high = values.get(key, (0, 0))
         if low > high:
             yield Finding(f"{key} is [{low}, {high}], the smaller number comes first: [{high}, {low}]")
 
@@ -162,7 +162,7 @@ def weight_sources(values: Values) -> Iterator[Finding]:
 
 def dead_keys(values: Values) -> Iterator[Finding]:
     for key, instead in DEAD_KEYS.items():
-        if values[key] != KEYS[key].default and values[key] is not None:
+        if key in values and values[key] not in (KEYS[key].default, None):
             yield warn(f"{key} {values[key]} has no effect: {instead}")
 
 

@@ -1,6 +1,7 @@
 """How the peak learning rate follows from `optim.base_lr` and the number of images per iteration."""
 
 import math
+import os
 import re
 
 SCALING_RULE = re.compile(r"(?:(?P<law>sqrt|linear)_wrt_(?P<reference>[1-9]\d*))|none")
@@ -21,12 +22,10 @@ def scaled_lr(base_lr: float, rule: str, total_batch: int) -> float:
 
 
 def is_scaled(lr: float, base_lr: float, rule: str, batch_size: int) -> bool:
-    """Whether ``lr`` is what the rule makes of ``base_lr`` for some number of processes.
+    """Whether ``lr`` is what the rule makes of ``base_lr`` for the number of processes launched.
 
-    Such a value stands in every ``config.yaml`` that a run wrote, which may serve as config file again.
+    Such a value stands in the ``config.yaml`` that a run wrote, which may serve as config file again.
     """
-    single = scaled_lr(base_lr, rule, batch_size)
-    if single == 0:
-        return False
-    processes = (lr / single) ** 2 if rule.startswith("sqrt") else lr / single
-    return round(processes) >= 1 and math.isclose(processes, round(processes), rel_tol=1e-6)
+    stated = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or ""
+    processes = int(stated) if stated.isdecimal() else 1
+    return math.isclose(lr, scaled_lr(base_lr, rule, batch_size * processes), rel_tol=1e-6)
