@@ -1,0 +1,113 @@
+"""Index arrays on disk and compact lists of strings, both cheap to hand to worker processes."""
+
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from dinov2.errors import DatasetError, OutputError
+
+
+class IndexArray:
+    """An ``.npy`` file, memory-mapped at first use and again in every process that gets a copy.
+
+    Args:
+        path: the file.
+        how_to_build: end of the sentence that is shown when it is missing.
+        fields: names of the columns it must have.
+    """
+
+    def __init__(self, path: str, how_to_build: str, fields: tuple[str, ...] = ()) -> None:
+        self.path = path
+        self._how_to_build = how_to_build
+        self._fields = fields
+        self._array: np.ndarray | None = None
+
+    def __getstate__(self) -> dict:
+        # A memory map would be pickled as its whole content.
+        return {**self.__dict__, "_array": None}
+
+    def get(self) -> np.ndarray:
+        """Return the array.
+
+        Raises:
+            DatasetError: the file is missing, empty, of another kind, or lacks a column.
+        """
+        if self._array is None:
+            self._array = self._load()
+        return self._array
+
+    def _load(self) -> np.ndarray:
+        try:
+            array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError as error:
+            raise DatasetError(f'the index "{self.path}" is missing: {self._how_to_build}') from error
+        except (ValueError, OSError, EOFError) as error:
+            raise DatasetError(
+                f'the index "{self.path}" is empty or can not be read ({error}): {self._how_to_build}'
+            ) from error
+        missing = set(self._fields) - set(array.dtype.names or ())
+        if missing:
+            raise DatasetError(
+                f'the index "{self.path}" lacks {", ".join(sorted(missing))}: {self._how_to_build}'
+            )
+        return array
+
+    def drop(self) -> None:
+        """Forget the mapped content, because the file has been written anew."""
+        self._array = None
+
+
+class PackedStrings:
+    """Many strings in two arrays: no Python object per string, nothing for forked workers to copy.
+
+    Args:
+        strings: file names or paths; undecodable bytes survive.
+    """
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        encoded = [os.fsencode(string) for string in strings]
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._ends = np.cumsum([len(item) for item in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self._ends))[index]
+        begin = int(self._ends[index - 1]) if index else 0
+        return os.fsdecode(self._bytes[begin : int(self._ends[index])].tobytes())
+
+
+@contextmanager
+def atomic_file(path: str) -> Iterator[BinaryIO]:
+    """Open a file to write that takes its name only when it is complete; readers never see a part.
+
+    Raises:
+        OutputError: the folder can not be written.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = temporary.open("wb")
+    except OSError as error:
+        raise OutputError(f'can not write "{path}" ({error}): name a folder that can be written') from error
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_array(path: str, array: np.ndarray) -> None:
+    """Write an array as ``.npy``, see :func:`atomic_file`."""
+    with atomic_file(path) as file:
+        np.save(file, array, allow_pickle=False)

@@ -1,0 +1,157 @@
+"""Tiles of many slides: ``<patches_path>/<slide>/<slide>_patch_<n>.jpeg``, listed by an index on disk.
+
+``root/entry.csv`` names the patches folders. The index is the forks' ``entries-TRAIN.npy`` (number of the
+tile, of the slide within its folder, and of the folder, 12 bytes per tile), which says which slide it means
+by its place in the sorted folder. So that a folder may change, ``dump_extra`` also records the slide names.
+"""
+
+import csv
+import logging
+import math
+import os
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+
+from dinov2.data.datasets.arrays import IndexArray
+from dinov2.data.datasets.checks import existing_folder, member_of
+from dinov2.data.datasets.extended import ExtendedVisionDataset
+from dinov2.data.datasets.path_map import SSHID_PATH_MAPS, PathMap
+from dinov2.data.datasets.tile_index import ENTRY_DTYPE, read_slide_names, tile_name, write_tile_index
+from dinov2.errors import DatasetError
+
+logger = logging.getLogger("dinov2")
+
+CSV_COLUMN = "patches_path"
+
+
+class _Split(Enum):
+    TRAIN = "train"
+
+
+class Pathology(ExtendedVisionDataset):
+    """Tiles of many slides, without labels.
+
+    Args:
+        split: ``TRAIN``.
+        root: folder of ``entry.csv``, whose column ``patches_path`` names the patches folders.
+        extra: folder of the index that :meth:`dump_extra` writes.
+        sshid: rewriting of the recorded paths as in the forks, ``11`` or ``448``; anything else leaves them.
+        transforms, transform, target_transform: as for torchvision's datasets.
+        path_map: rewriting of recorded paths, ``/old=/new,/other=/elsewhere``; in place of ``sshid``'s.
+
+    Raises:
+        DatasetError: ``entry.csv`` or a folder it names is missing; at first use: the index is missing or
+            does not fit.
+    """
+
+    Split = _Split
+
+    def __init__(
+        self,
+        *,
+        split: "Pathology.Split | str",
+        root: str,
+        extra: str,
+        sshid: str = "",
+        transforms: Callable | None = None,
+        transform: Callable | None = None,
+        target_transform: Callable | None = None,
+        path_map: str = "",
+    ) -> None:
+        self._split = member_of(_Split, split, dataset="Pathology")
+        existing_folder(root, dataset="Pathology", key="root")
+        super().__init__(root, transforms, transform, target_transform)
+        self.path_map = PathMap.parse(path_map) if path_map else SSHID_PATH_MAPS.get(str(sshid), PathMap())
+        self._folders = [self.path_map(path) for path in _read_entry_csv(Path(root, "entry.csv"))]
+        for folder in self._folders:
+            existing_folder(folder, dataset="Pathology", key=f"{CSV_COLUMN} in {root}/entry.csv")
+        self._extra = extra
+        build = f"build it with python -m dinov2.data.index --root {root} --extra {extra}"
+        build += f" --sshid {sshid}" if sshid else ""
+        path = str(Path(extra, f"entries-{self._split.name}.npy"))
+        self._entries = IndexArray(path, build, ENTRY_DTYPE.names)
+        self._names_path = str(Path(extra, f"slides-{self._split.name}.json"))
+        self._slides: list[list[str]] | None = None
+
+    @property
+    def split(self) -> _Split:
+        """The split."""
+        return self._split
+
+    def __len__(self) -> int:
+        return len(self._entries.get())
+
+    def get_image_path(self, index: int) -> str:
+        """Return the path of a tile."""
+        entry = self._entries.get()[index]
+        folder_number, slide_number = int(entry["dataset_index"]), int(entry["dir_index"])
+        slides = self._slide_names()
+        if folder_number >= len(slides) or slide_number >= len(slides[folder_number]):
+            raise DatasetError(
+                f'tile {index} of "{self._entries.path}" is of slide {slide_number} in folder '
+                f"{folder_number}, which does not exist: entry.csv or its folders have changed, or the index "
+                "was written over stray files; build it again"
+            )
+        slide = slides[folder_number][slide_number]
+        return f"{self._folders[folder_number]}/{slide}/{tile_name(slide, int(entry['actual_index']))}"
+
+    def get_image_data(self, index: int) -> bytes:
+        """Return the encoded image of a tile."""
+        return Path(self.get_image_path(index)).read_bytes()
+
+    def get_target(self, index: int) -> None:
+        """Return None: tiles have no labels."""
+        return
+
+    def get_targets(self) -> None:
+        """Refuse: tiles have no labels.
+
+        Raises:
+            DatasetError: always.
+        """
+        raise DatasetError(
+            "Pathology has no labels: evaluate with NCTCRC, ImageFolder or a labelled CustomImageDataset"
+        )
+
+    def dump_extra(self) -> None:
+        """List the tiles in all patches folders and write the index; replaces an earlier one.
+
+        Raises:
+            DatasetError: there are no tiles.
+            OutputError: the extra folder can not be written.
+        """
+        total = write_tile_index(self._folders, self._entries.path, self._names_path)
+        self._entries.drop()
+        self._slides = None
+        # The forks' rule of thumb: 100 epochs on four processes with 128 images are one pass, in steps of 50.
+        suggestion = math.ceil(total // (128 * 4 * 100) / 50) * 50
+        logger.info(
+            "%d tiles; the forks would suggest train.OFFICIAL_EPOCH_LENGTH=%d", total, max(suggestion, 1)
+        )
+
+    def _slide_names(self) -> list[list[str]]:
+        """Sorted names in every patches folder, as recorded with the index or else as listed now, once."""
+        if self._slides is None:
+            recorded = read_slide_names(self._names_path, self._entries.get())
+            if recorded is not None and len(recorded) == len(self._folders):
+                self._slides = recorded
+            else:
+                self._slides = [sorted(os.listdir(folder)) for folder in self._folders]  # noqa: PTH208
+        return self._slides
+
+
+def _read_entry_csv(path: Path) -> list[str]:
+    if not path.is_file():
+        raise DatasetError(
+            f'Pathology needs "{path}", which is missing: write a CSV file with the column {CSV_COLUMN} and '
+            "one patches folder a line"
+        )
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        if CSV_COLUMN not in (reader.fieldnames or []):
+            raise DatasetError(f'"{path}" has the columns {reader.fieldnames}, but {CSV_COLUMN} is needed')
+        folders = [row[CSV_COLUMN].strip() for row in reader if (row[CSV_COLUMN] or "").strip()]
+    if not folders:
+        raise DatasetError(f'"{path}" lists no patches folder: add one line per folder below {CSV_COLUMN}')
+    return folders
