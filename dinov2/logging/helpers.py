@@ -162,7 +162,7 @@ class MetricLogger:
         images_per_iteration: int | None = None,
         shown: Collection[str] | None = None,
     ) -> Iterator[Any]:
-        """Yield ``n_iterations - start_iteration`` items; log every ``print_freq`` iterations and at the last.
+        """Yield ``n_iterations - start_iteration`` items and log every ``print_freq`` and at the last.
 
         Nothing is drawn from ``iterable`` beyond the last item, so a run that is already complete takes no
         step. A line stands for the iteration whose work has just been done.
@@ -180,7 +180,8 @@ class MetricLogger:
         n_iterations = len(iterable) if n_iterations is None else n_iterations
         line = _ProgressLine(self, header or "", n_iterations, images_per_iteration, shown)
         iter_time, data_time = SmoothedValue(fmt="{avg:.6f}"), SmoothedValue(fmt="{avg:.6f}")
-        start = last = time.perf_counter()
+        done, start = 0, time.perf_counter()
+        last = start
         iterator = iter(iterable)
         for iteration in range(start_iteration, n_iterations):
             try:
@@ -191,6 +192,7 @@ class MetricLogger:
             yield item
             now = time.perf_counter()
             iter_time.update(now - last)
+            done += 1
             if iteration % print_freq == 0 or iteration == n_iterations - 1:
                 rates = line.rates(iter_time)
                 self.dump_in_output_file(iteration, iter_time.avg, data_time.avg, **rates)
@@ -201,7 +203,7 @@ class MetricLogger:
             "%s Total time: %s (%.6f s / it)",
             header or "",
             _clock(elapsed),
-            elapsed / max(n_iterations - start_iteration, 1),
+            elapsed / max(done, 1),
         )
 
 

@@ -55,12 +55,16 @@ class ClusterSettings:
     executor_parameters: dict[str, Any] = field(default_factory=dict)
 
 
-def read_settings(environ: Mapping[str, str] = os.environ) -> ClusterSettings:
-    """Return the site's settings from the file that ``environ`` names and from its variables.
+def read_settings(environ: Mapping[str, str] | None = None) -> ClusterSettings:
+    """Return the site's settings, from the file that ``environ`` names and from its variables.
+
+    Args:
+        environ: None means this process's.
 
     Raises:
         ConfigError: The file is absent or has an unknown key, or a number is not one.
     """
+    environ = os.environ if environ is None else environ
     values = _read_file(environ[CONFIG_VARIABLE]) if environ.get(CONFIG_VARIABLE) else {}
     values |= {key: environ[name] for key, name in VARIABLES.items() if environ.get(name)}
     for key in ("cpus_per_task", "mem_gb"):
@@ -76,6 +80,8 @@ def _read_file(path: str) -> dict[str, Any]:
         raise ConfigError(
             f"{CONFIG_VARIABLE} names {path}, which is no readable YAML file: correct or unset it"
         ) from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is a {type(values).__name__} and no mapping: write key: value lines")
     accepted = [item.name for item in fields(ClusterSettings)]
     for key in values:
         if key not in accepted:

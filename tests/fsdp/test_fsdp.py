@@ -1,0 +1,213 @@
+"""Sharding with two real processes: same numbers as one process, and run states of any world size."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from dinov2 import distributed, fsdp
+from dinov2.errors import ConfigError
+from dinov2.fsdp import FSDPCheckpointer, get_fsdp_wrapper
+from tests.distributed.launch import run_in_processes
+
+
+def precision(strategy="FULL_SHARD", dtype="fp32"):
+    return OmegaConf.create(
+        {
+            "sharding_strategy": strategy,
+            "mixed_precision": {"param_dtype": dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+        }
+    )
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.linear(x).tanh()
+
+
+def build(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 6), Block(6), Block(6), nn.Linear(6, 3))
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW(model.parameters(), lr=0.05)
+
+
+def train(model, optimizer, first, last):
+    """Steps on a global batch of 8, split over the processes."""
+    rank, size = distributed.get_global_rank(), distributed.get_global_size()
+    losses = []
+    for step in range(first, last):
+        batch = torch.randn(8, 5, generator=torch.Generator().manual_seed(step)).chunk(size)[rank]
+        optimizer.zero_grad()
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(distributed.all_reduce_sum_(loss.detach().clone()).item() / size)
+    return losses
+
+
+def uninterrupted(steps=6):
+    model = build()
+    return train(model, optimizer_of(model), 0, steps)
+
+
+def _sharded_run(folder, strategy):
+    """Shard, train three steps, save; restore into a fresh sharded model, train on."""
+    model = get_fsdp_wrapper(precision(strategy), {Block})(build())
+    facts = {
+        "units": len(fsdp.get_fsdp_modules(model)),
+        "is_fsdp": (fsdp.is_fsdp(model), fsdp.is_fsdp(model[0]), fsdp.is_sharded_fsdp(model[1])),
+        "rows": model[1].linear.weight.to_local().shape[0],
+        "rank": fsdp.rankstr(),
+    }
+    optimizer = optimizer_of(model)
+    losses = train(model, optimizer, 0, 3)
+    with torch.no_grad():
+        model(torch.zeros(1, 5))
+    fsdp.reshard_fsdp_model(model)
+    facts["rows after resharding"] = model[1].linear.weight.to_local().shape[0]
+    FSDPCheckpointer(model, folder, optimizer=optimizer).save("model_0000002", iteration=2)
+    distributed.barrier()
+
+    model = get_fsdp_wrapper(precision(strategy), {Block})(build(seed=distributed.get_global_rank() + 5))
+    optimizer = optimizer_of(model)
+    extra = FSDPCheckpointer(model, folder, optimizer=optimizer).resume_or_load()
+    return facts, losses + train(model, optimizer, extra["iteration"] + 1, 6)
+
+
+def _resume_unsharded(folder):
+    """Two processes read what one process wrote: no sharding, so every rank must end up with all of it."""
+    model = build(seed=distributed.get_global_rank() + 5)
+    saver = FSDPCheckpointer(model, folder, optimizer=optimizer_of(model))
+    first = saver.resume_or_load()["iteration"]
+    damaged = Path(folder, "model_0000004.rank_0.pth")
+    if distributed.is_main_process():
+        damaged.write_bytes(b"half")
+        saver.tag_last_checkpoint(damaged.name)
+    distributed.barrier()
+    second = saver.resume_or_load()["iteration"]
+    saver.save("model_final", iteration=9)
+    return first, second, model[0].weight.sum().item()
+
+
+def _overflow_on_one_rank():
+    """A non-finite gradient on one rank only must make both skip the step."""
+    model, scaler = build(), fsdp.ShardedGradScaler("cpu", init_scale=8.0)
+    optimizer = optimizer_of(model)
+    before = copy.deepcopy(model.state_dict())
+    loss = model(torch.ones(2, 5)).sum() * (float("inf") if distributed.get_global_rank() == 1 else 1.0)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    unchanged = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    return unchanged, scaler.get_scale()
+
+
+def _everything(folder):
+    outcome = {strategy: _sharded_run(f"{folder}/{strategy}", strategy) for strategy in STRATEGIES}
+    outcome["unsharded"] = _resume_unsharded(f"{folder}/single")
+    outcome["scaler"] = _overflow_on_one_rank()
+    return outcome
+
+
+STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """One launch for all questions: starting processes takes longer than asking them."""
+    folder = tmp_path_factory.mktemp("two")
+    model = build()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 0, 3)
+    FSDPCheckpointer(model, str(folder / "single"), optimizer=optimizer).save("model_0000002", iteration=2)
+    return folder, model, run_in_processes(_everything, str(folder))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sharded_training_and_resuming_equal_one_process(two_processes, strategy):
+    _, _, outcomes = two_processes
+    for rank, outcome in enumerate(outcomes):
+        facts, losses = outcome[strategy]
+        assert losses == pytest.approx(uninterrupted(), rel=1e-5)
+        assert facts == {
+            "units": 3,
+            "is_fsdp": (True, False, True),
+            "rows": 3,
+            "rank": f"rank_{rank}",
+            "rows after resharding": 3,
+        }
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_sharded_run_is_continued_by_one_process(two_processes, strategy):
+    folder, _, _ = two_processes
+    assert sorted(path.name for path in (folder / strategy).iterdir()) == [
+        "last_checkpoint.rank_0",
+        "model_0000002.rank_0.pth",
+    ]
+    model = build(seed=9)
+    optimizer = optimizer_of(model)
+    saver = FSDPCheckpointer(model, str(folder / strategy), optimizer=optimizer)
+    first = saver.resume_or_load()["iteration"] + 1
+    assert train(model, optimizer, first, 6) == pytest.approx(uninterrupted()[first:], rel=1e-5)
+
+
+def test_two_processes_continue_what_one_wrote_and_agree_on_the_file(two_processes):
+    folder, model, outcomes = two_processes
+    expected = (2, 2, model[0].weight.sum().item())
+    assert [outcome["unsharded"] for outcome in outcomes] == [expected, expected]
+    assert (folder / "single" / "last_checkpoint.rank_0").read_text() == "model_final.rank_0.pth"
+
+
+def test_the_scaler_agrees_over_processes(two_processes):
+    _, _, outcomes = two_processes
+    assert [outcome["scaler"] for outcome in outcomes] == [(True, 4.0), (True, 4.0)]
+
+
+def test_without_a_group_nothing_is_wrapped():
+    model = build()
+    assert get_fsdp_wrapper(precision(), {Block})(model) is model
+    assert not fsdp.is_fsdp(model)
+    assert not fsdp.is_sharded_fsdp(model)
+    assert fsdp.get_fsdp_modules(model) == []
+    fsdp.free_if_fsdp(model)
+    fsdp.reshard_fsdp_model(model)
+    assert fsdp.rankstr() == "rank_0"
+
+
+def test_the_scaler_works_without_a_group():
+    model, scaler = build(), fsdp.ShardedGradScaler("cpu", init_scale=8.0)
+    optimizer = optimizer_of(model)
+    scaler.scale(model(torch.ones(2, 5)).sum()).backward()
+    scaler.unscale_(optimizer)
+    scaled_back = [parameter.grad.clone() for parameter in model.parameters()]
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    model.load_state_dict(build().state_dict())
+    model(torch.ones(2, 5)).sum().backward()
+    for got, parameter in zip(scaled_back, model.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (precision("HYBRID_SHARDS"), "sharding_strategy is .* but must be one of NO_SHARD"),
+        (precision(dtype="float16"), 'param_dtype is "float16".*fp16'),
+    ],
+)
+def test_an_unknown_strategy_or_precision_is_refused(config, expected):
+    with pytest.raises(ConfigError, match=expected):
+        get_fsdp_wrapper(config)
