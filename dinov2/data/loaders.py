@@ -123,25 +123,25 @@ def _make_sampler(
         raise ConfigError("reshuffle_globally belongs to the sharded sampler types only; leave it out")
     if sample_count == 0:
         raise DatasetError("the dataset is empty: check its folders and its index")
-    if sampler_type is SamplerType.EPOCH:
-        size = size if size > 0 else sample_count
-        return EpochSampler(size=size, sample_count=sample_count, shuffle=shuffle, seed=seed, mix_seed=True)
-    if sampler_type is SamplerType.INFINITE:
-        return InfiniteSampler(sample_count=sample_count, shuffle=shuffle, seed=seed, advance=advance)
-    if sampler_type in _INFINITE_TYPES:
-        return ShardedInfiniteSampler(
-            sample_count=sample_count,
-            shuffle=shuffle,
-            seed=seed,
-            advance=advance,
-            use_new_shuffle_tensor_slice=sampler_type is SamplerType.SHARDED_INFINITE_NEW,
-            advance_per_rank=True,
-            reshuffle_globally=reshuffle_globally,
-        )
+    order = {"shuffle": shuffle, "seed": seed}
     if sampler_type is SamplerType.DISTRIBUTED:
         replicas, rank = distributed.get_global_size(), distributed.get_global_rank()
-        return DistributedSampler(dataset, replicas, rank, shuffle=shuffle, seed=seed, drop_last=False)
-    return None
+        return DistributedSampler(dataset, replicas, rank, **order, drop_last=False)
+    if sampler_type is SamplerType.EPOCH:
+        size = size if size > 0 else sample_count
+        return EpochSampler(size=size, sample_count=sample_count, **order, mix_seed=True)
+    if sampler_type is SamplerType.INFINITE:
+        return InfiniteSampler(sample_count=sample_count, **order, advance=advance)
+    if sampler_type is None:
+        return None
+    return ShardedInfiniteSampler(
+        sample_count=sample_count,
+        **order,
+        advance=advance,
+        advance_per_rank=True,
+        use_new_shuffle_tensor_slice=sampler_type is SamplerType.SHARDED_INFINITE_NEW,
+        reshuffle_globally=reshuffle_globally,
+    )
 
 
 def make_data_loader(

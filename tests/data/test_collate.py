@@ -108,9 +108,7 @@ def test_dtype_is_the_callers(dtype):
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize(
-    ("batch", "probability", "grid"), [(1, 0.1, 4), (1, 0.4, 2), (2, 0.5, 2), (1, 1.0, 1)]
-)
+@pytest.mark.parametrize("setting", [(1, 0.1, 4), (1, 0.4, 2), (2, 0.5, 2), (1, 1.0, 1)])
 def test_a_batch_with_masking_always_masks_something(seed, setting):
     random.seed(seed)
     batch, probability, grid = setting
