@@ -69,6 +69,11 @@ class Key:
         return " or ".join([*names, "null"] if self.nullable else names)
 
     @property
+    def takes_text(self) -> bool:
+        """Whether the value is free text, or one of several words."""
+        return self.kinds == (str,)
+
+    @property
     def bounds(self) -> str:
         """The accepted range in words, e.g. ``at least 0 and below 1``; empty when unbounded."""
         words = [

@@ -115,31 +115,37 @@ def _values(settings: list[Setting]) -> tuple[dict[str, Any], list[str]]:
     """Return the converted values of the keys that are right, and a sentence on each that is wrong."""
     stated = {item.path: item for item in settings}  # the last one wins
     raw = {path: stated[path].value if path in stated else key.default for path, key in KEYS.items()}
-    tree = _nested(raw) if any(_is_interpolation(value) for value in raw.values()) else None
     values: dict[str, Any] = {}
     wrong: list[str] = []
     for path, key in KEYS.items():
         try:
-            value = _interpolated(tree, path) if _is_interpolation(raw[path]) else raw[path]
-            values[path] = key.convert(value)
+            values[path] = key.convert(_interpolated(raw, path))
         except WrongValueError as error:
             hint = nearest(raw[path], key.rule.choices) if isinstance(raw[path], str) else ""
             wrong.append(f"{path} ({stated[path].origin}) {error}{hint}")
     return values, wrong
 
 
-def _is_interpolation(value: Any) -> bool:
-    return isinstance(value, str) and "${" in value
-
-
-def _interpolated(tree: DictConfig, path: str) -> Any:
+def _interpolated(raw: dict[str, Any], path: str) -> Any:
+    """Return a raw value with its ``${references}`` to other keys replaced."""
+    value = raw[path]
+    if not (isinstance(value, str) and "${" in value):
+        return value
     try:
-        value = OmegaConf.select(tree, path)
+        # Only this value may hold references that do not parse, the complaint has to name the right key.
+        others = {key: other for key, other in raw.items() if key == path or _parses(other)}
+        value = OmegaConf.select(_nested(others), path)
     except OmegaConfBaseException as error:
-        raise WrongValueError(
-            f"refers to something that does not exist: {str(error).splitlines()[0]}"
-        ) from error
+        raise WrongValueError(f"refers to something missing: {str(error).splitlines()[0]}") from error
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _parses(value: Any) -> bool:
+    try:
+        OmegaConf.create([value])
+    except OmegaConfBaseException:
+        return False
+    return True
 
 
 def _nested(values: dict[str, Any]) -> DictConfig:

@@ -37,7 +37,8 @@ def renew(path: Path) -> None:
 def _row(key: Key) -> str:
     default = yaml.safe_dump(key.default, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
     accepted = ", ".join(f"`{choice}`" for choice in key.rule.choices) or key.rule.pattern_words or key.bounds
-    return f"| `{key.path}` | {key.type_name} | `{default}` | {key.rule.unit} | {accepted} | {key.rule.meaning} |"
+    cells = (f"`{key.path}`", key.type_name, f"`{default}`", key.rule.unit, accepted, key.rule.meaning)
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

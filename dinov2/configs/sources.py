@@ -71,6 +71,8 @@ def override_settings(overrides: list[str]) -> tuple[list[Setting], list[str]]:
             problems.append(
                 f'the override "{override}" is not of the form key=value, such as optim.base_lr=2e-4'
             )
+        elif KEYS.get(name) is not None and KEYS[name].takes_text:
+            settings.append(Setting(name, _text(value), "command line"))
         else:
             try:
                 tree = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
@@ -122,11 +124,23 @@ def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, 
             yield from _key_lines(value, f"{path}.")
 
 
+def _text(value: str) -> str | None:
+    """Return the value of an override for a string key: YAML for null and quotes, else literally.
+
+    Paths and dataset strings may look like something else to YAML, such as ``2024`` or ``A:root=/x: y``.
+    """
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+    return parsed if parsed is None or isinstance(parsed, str) else value
+
+
 def _misplaced_option(name: str, value: str) -> str:
     key = name.lstrip("-")
     if key in KEYS:
         return f'the override "{name}" is written without dashes: {key}={value or "<value>"}'
-    return f'the option "{name}" stands among the key=value overrides: put options before the first override'
+    return f'the option "{name}" stands among the overrides: put options before the first key=value'
 
 
 def _reason(error: Exception) -> str:
