@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytest_plugins = ["tests.fixtures_weights"]
+
 REPO = Path(__file__).resolve().parents[1]
 GOLDEN = REPO / "tests" / "golden"
 REAL_DATA = REPO / "scripts" / "data"

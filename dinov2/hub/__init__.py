@@ -1,0 +1,1 @@
+"""The released models by name, for ``torch.hub`` and for direct use."""

@@ -1,0 +1,492 @@
+"""The loader on tiny models: conversions, refusals with their sentences, position embeddings, heads."""
+
+import logging
+import pickle
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dinov2.errors import WeightsError
+from dinov2.layers import DINOHead, MemEffAttention, NestedTensorBlock
+from dinov2.models.conversion import flat_name, resample_positions, to_dinov2_names
+from dinov2.models.pretrained import load_backbone, load_head, load_pretrained_weights, read_state_dict
+from dinov2.models.vision_transformer import DinoVisionTransformer
+from tests.conftest import load_golden_json, load_golden_tensors
+
+block_fn = partial(NestedTensorBlock, attn_class=MemEffAttention)
+
+
+def tiny(**options) -> DinoVisionTransformer:
+    """A ViT of 4 blocks and width 24, with weights far from any initial value."""
+    sizes = {"img_size": 28, "patch_size": 7, "embed_dim": 24, "depth": 4, "num_heads": 2, "init_values": 0.1}
+    model = DinoVisionTransformer(**{**sizes, "block_chunks": 0, "block_fn": block_fn, **options}).eval()
+    generator = torch.Generator().manual_seed(sum(p.numel() for p in model.parameters()))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def refusal(model, source, **options) -> str:
+    """The one sentence of the refusal; the model must be untouched."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(WeightsError) as caught:
+        load_backbone(model, source, **options)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def written(path, content) -> str:
+    torch.save(content, path)
+    return str(path)
+
+
+# --- what a file may be -------------------------------------------------------------------------------
+
+
+class Attack:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+    model, proof = tiny(), tmp_path / "proof"
+    for legacy in (False, True):
+        path = tmp_path / f"evil{legacy}.pth"
+        content = {"teacher": model.state_dict(), "extra": Attack(proof)}
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        assert "could run code" in refusal(model, str(path))
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Attack(proof)))
+    refusal(model, str(tmp_path / "raw.pth"))
+    assert not proof.exists()
+
+
+def test_a_flipped_bit_in_the_data_is_refused(tmp_path):
+    model, path = tiny(), tmp_path / "a.pth"
+    raw = Path(written(path, model.state_dict())).read_bytes()
+    load_backbone(model, str(path))
+    for tensor in list(model.state_dict().values())[::9]:
+        position = raw.index(tensor.numpy().tobytes())
+        damaged = bytearray(raw)
+        damaged[position + 1] ^= 1
+        path.write_bytes(damaged)
+        assert "damaged" in refusal(model, str(path))
+
+
+def test_archives_without_checksums_are_taken(tmp_path):
+    model = tiny()
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = written(tmp_path / "a.pth", model.state_dict())
+    finally:
+        torch.serialization.set_crc32_options(True)
+    load_backbone(model, path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("share", [0.999, 0.7, 0.3, 0.001])
+def test_a_truncated_file_is_refused(legacy, share, tmp_path):
+    model = tiny()
+    torch.save(model.state_dict(), tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
+    raw = (tmp_path / "a.pth").read_bytes()
+    (tmp_path / "a.pth").write_bytes(raw[: int(len(raw) * share)])
+    refusal(model, str(tmp_path / "a.pth"))
+
+
+def test_a_truncated_safetensors_file_is_refused(tmp_path):
+    model = tiny()
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    for size in (len(raw) - 1, 100, 4):
+        (tmp_path / "a.safetensors").write_bytes(raw[:size])
+        assert "damaged" in refusal(model, str(tmp_path / "a.safetensors"))
+
+
+def test_an_archive_that_inflates_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", b"\0" * 5_000_000)
+    assert "compressed" in refusal(tiny(), str(tmp_path / "bomb.pth"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html>Sign in</html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+        (b"\x89HDF\r\n\x1a\n" + b"\0" * 100, "neither a PyTorch nor a safetensors file"),
+    ],
+)
+def test_what_is_no_weight_file_is_called_by_its_name(content, words, tmp_path):
+    (tmp_path / "a.pth").write_bytes(content)
+    assert words in refusal(tiny(), str(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {}, {"epoch": 3}, {"optimizer": {"lr": 1.0}}])
+def test_a_file_without_weights_is_refused(content, tmp_path):
+    refusal(tiny(), written(tmp_path / "a.pth", content))
+
+
+def test_sources_that_do_not_exist_are_named(tmp_path):
+    model = tiny()
+    assert str(tmp_path / "no.pth") in refusal(model, str(tmp_path / "no.pth"))
+    assert "no weight file at all" in refusal(model, str(tmp_path))
+    assert "accepted is a path" in refusal(model, "s3://bucket/weights.pth")
+    assert "accepted is a path" in refusal(model, "file:///nowhere/weights.pth")
+
+
+def test_a_folder_means_the_checkpoint_of_the_entry(tmp_path):
+    teacher, student = tiny(), tiny(qkv_bias=False)
+    written(tmp_path / "teacher_checkpoint.pth", {"teacher": teacher.state_dict()})
+    written(tmp_path / "student_checkpoint.pth", {"student": student.state_dict()})
+    assert "blocks.0.attn.qkv.bias" in read_state_dict(str(tmp_path))
+    assert "blocks.0.attn.qkv.bias" not in read_state_dict(str(tmp_path), entry="student")
+    assert "blocks.0.attn.qkv.bias" in read_state_dict((tmp_path / "teacher_checkpoint.pth").as_uri())
+
+
+# --- which part of a file -----------------------------------------------------------------------------
+
+
+def named(prefix, model):
+    return {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def test_the_entry_asked_for_is_taken_and_the_teacher_otherwise():
+    teacher, student = tiny(), tiny(num_register_tokens=2)
+    separate = {"student": named("backbone.", student), "teacher": named("backbone.", teacher)}
+    together = {"model": {**named("student.backbone.", student), **named("teacher.backbone.", teacher)}}
+    for content in (separate, together):
+        assert "register_tokens" in load_backbone(student, content, entry="student").loaded
+        assert "register_tokens" not in load_backbone(teacher, content).loaded
+        assert "register tokens is 0 in the weights and 2 in the model" in refusal(student, content)
+    assert 'no entry "student", only teacher' in refusal(
+        teacher, {"teacher": teacher.state_dict()}, entry="student"
+    )
+    load_backbone(teacher, teacher.state_dict(), entry="student")  # nothing to choose from
+
+
+def test_prefixes_come_off_the_start_of_a_name_only():
+    model = tiny()
+    load_backbone(model, named("module.backbone.", model))
+    odd = {**model.state_dict(), "blocks.0.backbone.norm1.weight": torch.zeros(24)}
+    assert "blocks.0.backbone.norm1.weight" in refusal(model, odd)
+    assert "twice" in refusal(model, {**model.state_dict(), "module.cls_token": torch.zeros(1, 1, 24)})
+
+
+def test_head_files_and_shards_are_told_apart_from_backbones():
+    assert "teacher_dino_head" in refusal(tiny(), {"teacher_dino_head": DINOHead(24, 8).state_dict()})
+    assert "shard" in refusal(tiny(), {"model": {"student.backbone._flat_param": torch.zeros(9)}})
+
+
+def test_the_report_accounts_for_every_tensor(caplog):
+    model, source = tiny(block_chunks=2), tiny(img_size=56)
+    content = {"teacher": {**named("backbone.", source), "dino_head.mlp.0.weight": torch.zeros(2)}}
+    del content["teacher"]["backbone.mask_token"]
+    with caplog.at_level(logging.INFO, logger="dinov2"):
+        report = load_backbone(model, content)
+    assert sorted(report.loaded + report.missing) == sorted(model.state_dict())
+    assert report.missing == ["mask_token"]
+    assert report.unused == ["dino_head.mlp.0.weight"] or report.unused == ["backbone.dino_head.mlp.0.weight"]
+    assert "8x8 -> 4x4" in report.resampled["pos_embed"] and "offset 0.1" in report.resampled["pos_embed"]
+    assert report.summary() in caplog.text
+    assert "mask_token" in report.summary()
+
+
+def test_the_historic_call_still_works(tmp_path):
+    model, source = tiny(), tiny()
+    path = written(tmp_path / "a.pth", {"teacher": named("backbone.", source)})
+    load_pretrained_weights(model, path, "teacher")
+    assert torch.equal(model.cls_token, source.cls_token)
+
+
+# --- what does not fit --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"embed_dim": 32}, "width is 32 in the weights and 24 in the model (student.arch)"),
+        ({"depth": 5}, "depth is 5 in the weights and 4 in the model (student.arch)"),
+        ({"patch_size": 14}, "patch size is 14 in the weights and 7 in the model (student.patch_size)"),
+        ({"num_register_tokens": 3}, "register tokens is 3 in the weights and 0 in the model"),
+        ({"ffn_layer": "swiglufused"}, "feed forward is swiglufused in the weights and mlp in the model"),
+        ({"init_values": None}, "layer scale is False in the weights and True in the model"),
+        ({"qkv_bias": False}, "qkv bias is False in the weights and True in the model (student.qkv_bias)"),
+        ({"proj_bias": False}, "proj bias is False in the weights and True in the model"),
+        ({"ffn_bias": False}, "ffn bias is False in the weights and True in the model"),
+        ({"mlp_ratio": 2}, "of another shape: blocks.0.mlp.fc1.weight (48, 24) instead of (96, 24)"),
+        ({"in_chans": 1}, "patch_embed.proj.weight (24, 1, 7, 7) instead of (24, 3, 7, 7)"),
+    ],
+)
+def test_a_contradiction_names_both_values_and_the_config_key(options, words):
+    assert words in refusal(tiny(), tiny(**options).state_dict())
+
+
+def test_all_contradictions_are_said_at_once():
+    message = refusal(tiny(), tiny(embed_dim=32, qkv_bias=False, patch_size=14).state_dict())
+    assert all(words in message for words in ("width is 32", "qkv bias is False", "patch size is 14"))
+
+
+def test_missing_and_unknown_tensors_are_refused():
+    model = tiny()
+    state = dict(model.state_dict())
+    del state["norm.bias"], state["blocks.2.norm1.weight"]
+    state["surplus"] = torch.zeros(1)
+    message = refusal(model, state)
+    assert "2 missing: blocks.2.norm1.weight, norm.bias" in message
+    assert "1 not known to the model: surplus" in message
+    state = dict(model.state_dict())
+    del state["mask_token"]
+    assert "mask_token" in refusal(model, state, allow_missing=())
+
+
+def test_weights_of_something_else_are_refused():
+    assert "No tensor" in refusal(tiny(), {"layer1.0.conv1.weight": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_weights_are_refused(value):
+    model = tiny()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["blocks.1.mlp.fc1.weight"][0, 0] = value
+    assert "NaN or infinity in 1 tensors (blocks.1.mlp.fc1.weight)" in refusal(model, state)
+
+
+def test_integer_weights_are_refused():
+    model = tiny()
+    assert "not floating point: cls_token" in refusal(
+        model, {**model.state_dict(), "cls_token": torch.ones(1, 1, 24).long()}
+    )
+
+
+# --- names of other projects --------------------------------------------------------------------------
+
+
+def test_block_chunks_are_translated_in_both_directions():
+    flat, chunked = tiny(), tiny(block_chunks=2)
+    assert (
+        flat_name("blocks.1.3.attn.qkv.bias")
+        == "blocks.3.attn.qkv.bias"
+        == flat_name("blocks.3.attn.qkv.bias")
+    )
+    x = torch.randn(1, 3, 28, 28)
+    expected = flat(x)
+    load_backbone(chunked, flat.state_dict(), allow_missing=())
+    assert torch.equal(chunked(x), expected)
+    back = tiny(qkv_bias=True)
+    load_backbone(back, chunked.state_dict(), allow_missing=())
+    assert torch.equal(back(x), expected)
+
+
+TIMM_VARIANTS = {
+    "dinov2": {"init_values": 0.1},
+    "no cls position": {"init_values": 0.1, "reg_tokens": 3, "no_embed_class": True},
+    "positions of registers": {"init_values": 0.1, "reg_tokens": 3},
+    "no qkv bias, no layer scale": {"qkv_bias": False},
+}
+
+
+@pytest.mark.parametrize("variant", TIMM_VARIANTS)
+def test_timm_weights_give_timm_features(variant):
+    timm_vit = pytest.importorskip("timm.models.vision_transformer")
+    options = TIMM_VARIANTS[variant]
+    theirs = timm_vit.VisionTransformer(
+        img_size=56, patch_size=14, embed_dim=24, depth=2, num_heads=2, num_classes=5, **options
+    ).eval()
+    compare_with_timm(theirs, options, ffn_layer="mlp")
+
+
+def test_timm_swiglu_gives_timm_features():
+    timm_vit = pytest.importorskip("timm.models.vision_transformer")
+    layers = pytest.importorskip("timm.layers")
+    options = {"init_values": 0.1, "reg_tokens": 8, "no_embed_class": True}
+    # Half of timm's hidden width is that of each SwiGLU arm: 24 * 5.34 = 128 = 2 * 64.
+    theirs = timm_vit.VisionTransformer(
+        img_size=56,
+        patch_size=14,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+        mlp_ratio=128 / 24,
+        mlp_layer=layers.SwiGLUPacked,
+        act_layer=torch.nn.SiLU,
+        **options,
+    ).eval()
+    compare_with_timm(theirs, options, ffn_layer="swiglufused")
+
+
+def compare_with_timm(theirs, options, ffn_layer):
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.2)
+    ours = tiny(
+        img_size=56,
+        patch_size=14,
+        depth=2,
+        ffn_layer=ffn_layer,
+        qkv_bias=options.get("qkv_bias", True),
+        init_values=options.get("init_values"),
+        num_register_tokens=options.get("reg_tokens", 0),
+    )
+    report = load_backbone(ours, theirs.state_dict())
+    assert report.missing == ["mask_token"]
+    x = torch.randn(2, 3, 56, 56)
+    with torch.inference_mode():
+        out = ours.forward_features(x)
+        expected = theirs.forward_features(x)
+    tokens = [out["x_norm_clstoken"].unsqueeze(1), out["x_norm_regtokens"], out["x_norm_patchtokens"]]
+    assert torch.allclose(torch.cat(tokens, dim=1), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_transformers_with_registers_gives_its_features(swiglu, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        num_register_tokens=3,
+        use_swiglu_ffn=swiglu,
+    )
+    theirs = transformers.Dinov2WithRegistersModel(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.2)
+    ours = tiny(
+        img_size=56,
+        patch_size=14,
+        depth=2,
+        num_register_tokens=3,
+        ffn_layer="swiglufused" if swiglu else "mlp",
+    )
+    theirs.save_pretrained(tmp_path)
+    x = torch.randn(2, 3, 56, 56)
+    with torch.inference_mode():
+        expected = theirs(x).last_hidden_state
+        for source in (str(tmp_path), theirs.state_dict()):
+            load_backbone(ours, source, allow_missing=())
+            out = ours.forward_features(x)
+            tokens = [out["x_norm_clstoken"].unsqueeze(1), out["x_norm_regtokens"], out["x_norm_patchtokens"]]
+            assert torch.allclose(torch.cat(tokens, dim=1), expected, atol=1e-5)
+
+
+def test_an_incomplete_attention_is_not_joined():
+    state = {"embeddings.cls_token": torch.zeros(1, 1, 4)}
+    state |= {
+        f"encoder.layer.0.attention.attention.{part}.weight": torch.zeros(4, 4) for part in ("query", "key")
+    }
+    converted, _ = to_dinov2_names(state)
+    assert set(converted) == {"cls_token", "blocks.0.attn.q.weight", "blocks.0.attn.k.weight"}
+
+
+# --- position embeddings ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case", ["p14", "p14_reg4", "p14_antialias_off01", "p14_noantialias_off0", "p14_antialias_off0"]
+)
+def test_positions_resampled_at_load_give_the_recorded_outputs(case):
+    """The reference resampled them when it ran; a model built for the other size must not differ."""
+    cases, inputs = load_golden_json("vit_cases.json")["cases"], load_golden_tensors("vit_inputs.safetensors")
+    recorded = load_golden_tensors(cases[case]["file"])
+    weights = load_golden_tensors(cases[cases[case]["weights_from"] or case]["file"])
+    state = {name.removeprefix("state."): t for name, t in weights.items() if name.startswith("state.")}
+    checked = 0
+    for run in cases[case]["runs"]:
+        image = inputs[run["x"]] if isinstance(run.get("x"), str) else None
+        if run["kind"] != "features" or run["mask"] or image.shape[-1] == cases[case]["ctor"]["img_size"]:
+            continue
+        ctor = {**cases[case]["ctor"], "img_size": tuple(image.shape[-2:])}
+        model = DinoVisionTransformer(block_fn=block_fn, **ctor).eval()
+        report = load_backbone(model, state, allow_missing=())
+        assert "pos_embed" in report.resampled
+        # The rows of a resampled, non-square grid are used as they are: the stored grid is the image's.
+        with torch.inference_mode():
+            model.interpolate_pos_encoding = lambda *_, model=model: model.pos_embed
+            out = model.forward_features(image)
+        for entry in ("x_norm_clstoken", "x_norm_patchtokens"):
+            torch.testing.assert_close(out[entry], recorded[f"out.{run['id']}.{entry}"], rtol=1e-4, atol=1e-5)
+        checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize("grid", [(39, 39), (43, 43), (16, 16), (16, 20), (7, 78)])
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_resampling_equals_that_of_the_model(grid, offset, antialias):
+    model = tiny(img_size=259, interpolate_offset=offset, interpolate_antialias=antialias)
+    resampled, _ = resample_positions(model.pos_embed, grid, offset=offset, antialias=antialias)
+    x = torch.zeros(1, 1 + grid[0] * grid[1], 24)
+    expected = model.interpolate_pos_encoding(x, grid[0] * 7, grid[1] * 7)
+    assert torch.equal(resampled, expected)
+
+
+def test_positions_that_are_no_square_grid_are_refused():
+    model = tiny()
+    state = {**model.state_dict(), "pos_embed": torch.zeros(1, 12, 24)}
+    assert "not a square grid" in refusal(model, state)
+
+
+# --- heads --------------------------------------------------------------------------------------------
+
+HEAD = {"in_dim": 24, "out_dim": 32, "hidden_dim": 20, "bottleneck_dim": 12, "nlayers": 3}
+
+
+def test_a_head_is_loaded_strictly(tmp_path):
+    source, head = DINOHead(**HEAD), DINOHead(**HEAD)
+    path = written(tmp_path / "teacher_dino_head_checkpoint.pth", {"teacher_dino_head": source.state_dict()})
+    load_head(head, path, "teacher_dino_head")
+    assert all(torch.equal(tensor, head.state_dict()[name]) for name, tensor in source.state_dict().items())
+    load_head(head, named("module.", source), "teacher_dino_head")
+
+
+def test_newer_weight_norm_names_are_taken():
+    source, head = DINOHead(**HEAD), DINOHead(**HEAD)
+    state = dict(source.state_dict())
+    state["last_layer.parametrizations.weight.original0"] = state.pop("last_layer.weight_g")
+    state["last_layer.parametrizations.weight.original1"] = state.pop("last_layer.weight_v")
+    load_head(head, {"teacher_dino_head": state}, "teacher_dino_head")
+    assert torch.equal(head.last_layer.weight_v, source.last_layer.weight_v)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"out_dim": 48}, "set ibot.head_n_prototypes=48 (it is 32)"),
+        ({"hidden_dim": 28}, "set ibot.head_hidden_dim=28 (it is 20)"),
+        ({"bottleneck_dim": 10}, "set ibot.head_bottleneck_dim=10 (it is 12)"),
+        ({"nlayers": 4}, "set ibot.head_nlayers=4 (it is 3)"),
+        ({"nlayers": 1}, "set ibot.head_nlayers=1 (it is 3)"),
+        ({"in_dim": 30}, "backbone of width 30 (it is 24)"),
+        ({"mlp_bias": False}, "mlp.0.bias"),
+    ],
+)
+def test_a_head_that_does_not_fit_says_which_config_would(options, words):
+    head = DINOHead(**HEAD)
+    with pytest.raises(WeightsError) as caught:
+        load_head(
+            head, {"student_ibot_head": DINOHead(**{**HEAD, **options}).state_dict()}, "student_ibot_head"
+        )
+    assert words in str(caught.value)
+
+
+def test_the_wrong_head_file_and_a_diverged_head_are_refused():
+    head = DINOHead(**HEAD)
+    with pytest.raises(WeightsError, match='no entry "student_dino_head", only teacher_dino_head'):
+        load_head(head, {"teacher_dino_head": head.state_dict()}, "student_dino_head")
+    state = {name: tensor * float("nan") for name, tensor in head.state_dict().items()}
+    with pytest.raises(WeightsError, match="NaN or infinity"):
+        load_head(head, {"student_dino_head": state}, "student_dino_head")
