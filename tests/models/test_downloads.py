@@ -31,7 +31,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A running server with one file: ``server.url`` is its address, ``server.requests`` what it was asked."""
+    """A running server with one file; ``server.requests`` is what it was asked for."""
     monkeypatch.setenv("DINOV2_CACHE", str(tmp_path / "cache"))
     (tmp_path / "www").mkdir()
     (tmp_path / "www" / "weights.pth").write_bytes(CONTENT)
