@@ -129,6 +129,8 @@ def _values(settings: list[Setting]) -> tuple[dict[str, Any], list[str]]:
 def _interpolated(raw: dict[str, Any], path: str) -> Any:
     """Return a raw value with its ``${references}`` to other keys replaced."""
     value = raw[path]
+    if value == "???":  # OmegaConf's mark for it
+        raise WrongValueError(f"is left open with ???, {KEYS[path].wanted} is wanted")
     if not (isinstance(value, str) and "${" in value):
         return value
     try:

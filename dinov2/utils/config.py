@@ -117,12 +117,24 @@ def make_output_dir(output_dir: str) -> None:
 
 
 def write_config(
-    cfg: DictConfig, output_dir: str, name: str = "config.yaml", *, keep_existing: bool = False
+    cfg: DictConfig,
+    output_dir: str,
+    name: str = "config.yaml",
+    *,
+    keep_existing: bool = False,
+    amend: bool = False,
 ) -> str:
     """Write the config, from the main process only, and return the path of the file.
 
     A differing file of that name never gets lost: it is copied to the first free ``config.<n>.yaml``
     before it is replaced or, with ``keep_existing``, stays and the new config goes to that name instead.
+
+    Args:
+        cfg: The resolved config.
+        output_dir: An existing folder.
+        name: Name of the file in it.
+        keep_existing: See above.
+        amend: The file is this run's own; it is replaced without a copy.
 
     Raises:
         OutputError: The folder cannot be written.
@@ -134,7 +146,7 @@ def write_config(
         return str(path)
     text = OmegaConf.to_yaml(cfg)
     try:
-        if path.exists():
+        if path.exists() and not amend:
             path = _make_room(path, text, keep_existing)
         _write_atomically(path, text)
     except OSError as error:

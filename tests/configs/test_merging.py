@@ -161,6 +161,13 @@ def test_references_between_keys_are_resolved(tmp_path):
     assert pair.crops.local_crops_scale == [0.32, 1.0]
 
 
+def test_a_value_left_open_has_to_be_stated(tmp_path):
+    config = write(tmp_path, "train:\n  dataset_path: ???\n")
+    with pytest.raises(ConfigError, match=r"train\.dataset_path \(c\.yaml line 2\) is left open with \?\?\?"):
+        resolve_config(config, [])
+    assert resolve_config(config, ["train.dataset_path=A:root=/x"]).train.dataset_path == "A:root=/x"
+
+
 @pytest.mark.parametrize("value", ["${optim.nothing}", "${x"])
 def test_references_to_nothing_are_problems_of_their_keys(value):
     with pytest.raises(ConfigError) as caught:
