@@ -121,7 +121,7 @@ def count_classes(labels: Tensor) -> int:
         raise DatasetError("the training dataset has no samples: evaluation needs labelled training images")
     if labels.min() < 0:
         raise DatasetError(
-            f"the training labels contain {labels.min().item()}: labels must be class indices from 0 up, leave "
+            f"the training labels contain {labels.min().item()}: labels must be class indices from 0, leave "
             "out the samples without a class"
         )
     return int(labels.max()) + 1

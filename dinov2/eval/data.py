@@ -1,0 +1,91 @@
+"""Labelled datasets for evaluation and the loader that goes through them once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from dinov2.data import DatasetWithEnumeratedTargets, SamplerType, make_data_loader, make_dataset
+from dinov2.errors import DatasetError
+from dinov2.eval.metrics import NO_LABEL
+
+CLASSES_SHOWN = 10
+
+
+def make_labelled_dataset(dataset_str: str, transform: Callable | None = None) -> Dataset:
+    """Make a dataset from its string and see to it that its samples carry labels.
+
+    Raises:
+        DatasetError: The string is wrong, or the dataset is empty or has no labels.
+    """
+    dataset = make_dataset(dataset_str=dataset_str, transform=transform)
+    target = dataset.get_target(0) if hasattr(dataset, "get_target") else dataset[0][1]
+    if target is None:
+        raise DatasetError(
+            f'the dataset "{dataset_str}" has no labels, which evaluation compares predictions with: use '
+            "a dataset with classes, such as ImageFolder:root=<folder with one subfolder per class>"
+        )
+    return dataset
+
+
+def check_same_classes(train_dataset: Dataset, other_dataset: Dataset) -> None:
+    """Stop if both datasets name their classes and the names differ: their numbers would mean other things.
+
+    Raises:
+        DatasetError: The class names differ.
+    """
+    ours, theirs = (getattr(dataset, "classes", None) for dataset in (train_dataset, other_dataset))
+    if ours and theirs and list(ours) != list(theirs):
+        raise DatasetError(
+            f"the classes of the datasets differ, {_shown(ours)} and {_shown(theirs)}: "
+            "give both the same class folders, an empty one where a class has no image"
+        )
+
+
+def _shown(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:CLASSES_SHOWN]) + (", ..." if len(classes) > CLASSES_SHOWN else "")
+
+
+def training_labels(dataset: Dataset, dataset_str: str) -> Tensor:
+    """Return all labels of a dataset (n,) without reading its images.
+
+    Raises:
+        DatasetError: The dataset cannot list its labels.
+    """
+    if not hasattr(dataset, "get_targets"):
+        raise DatasetError(
+            f'the dataset "{dataset_str}" cannot list its labels (it has no get_targets()), by which '
+            "linear evaluation counts classes: use a dataset with classes, such as ImageFolder:root=<folder>"
+        )
+    return torch.as_tensor(dataset.get_targets()).long()
+
+
+def make_evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int) -> DataLoader:
+    """Return a loader of ``(images, (indices, targets))`` that deals every sample to one process.
+
+    Where the samples do not divide evenly, the first ones are dealt again so that all processes take equally
+    many steps; the indices tell.
+    """
+    return make_data_loader(
+        dataset=DatasetWithEnumeratedTargets(dataset),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        shuffle=False,
+        sampler_type=SamplerType.DISTRIBUTED,
+        drop_last=False,
+        collate_fn=collate_padded,
+    )
+
+
+def collate_padded(samples: list[tuple[Tensor, tuple[int, Any]]]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Batch images, indices and targets; where samples have lists of labels, pad them with -1."""
+    images, numbered = zip(*samples, strict=True)
+    indices, targets = zip(*numbered, strict=True)
+    rows = [torch.as_tensor(target).long() for target in targets]
+    padded = (
+        pad_sequence(rows, batch_first=True, padding_value=NO_LABEL) if rows[0].ndim else torch.stack(rows)
+    )
+    return default_collate(images), (torch.tensor(indices), padded)

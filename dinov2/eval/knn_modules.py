@@ -1,0 +1,144 @@
+"""Modules of the k-NN evaluation: classifiers that processes share, and the choice of few-shot samples.
+
+Letters: B images per process, D width, C classes, W processes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2 import distributed
+from dinov2.eval.neighbors import find_neighbors, merge_neighbors, usable_ks, vote
+from dinov2.eval.utils import all_gather_and_flatten
+
+
+class KnnModule(nn.Module):
+    """Scores features by their nearest training features, each process searching its share of them.
+
+    Args:
+        train_features: All training features, of unit length, the same on every process.
+        train_labels: Their class indices.
+        nb_knn: The numbers of neighbours to score with; beyond the training set all of it votes.
+        T: Temperature of the softmax over similarities.
+        device: Where to search.
+        num_classes: C.
+    """
+
+    def __init__(
+        self,
+        train_features: Tensor,
+        train_labels: Tensor,
+        nb_knn: Sequence[int],
+        T: float,
+        device: torch.device | str,
+        num_classes: int = 1000,
+    ) -> None:
+        super().__init__()
+        self.nb_knn = usable_ks(nb_knn, len(train_features))
+        self.max_k = self.nb_knn[-1]
+        self.T = T
+        self.num_classes = num_classes
+        size, rank = distributed.get_global_size(), distributed.get_global_rank()
+        shares = train_features.tensor_split(size)
+        self.first_row = sum(len(share) for share in shares[:rank])
+        self.train_features = shares[rank].to(device)
+        self.train_labels = train_labels.to(device)
+
+    def forward(self, features_rank: Tensor) -> dict[int, Tensor]:
+        """Return the class scores (B, C) of features (B, D) for every number of neighbours.
+
+        All processes must call this together, with equally many features.
+        """
+        size, rank = distributed.get_global_size(), distributed.get_global_rank()
+        similarities, rows = self._search_share(all_gather_and_flatten(features_rank))  # (W*B, max_k)
+        # Per process that searched, its neighbours of all queries; from each only those of this process's.
+        found = zip(
+            all_gather_and_flatten(similarities).view(size, size, -1, self.max_k)[:, rank],
+            all_gather_and_flatten(rows).view(size, size, -1, self.max_k)[:, rank],
+            strict=True,
+        )
+        similarities, rows = merge_neighbors(list(found), self.max_k)
+        return vote(similarities, self.train_labels[rows], self.nb_knn, self.T, self.num_classes)
+
+    def _search_share(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Find neighbours in this process's rows; a share of fewer than ``max_k`` is filled up with -inf."""
+        similarities = torch.full((len(queries), self.max_k), -torch.inf, device=queries.device)
+        rows = torch.zeros_like(similarities, dtype=torch.int64)
+        k = min(self.max_k, len(self.train_features))
+        if k:
+            similarities[:, :k], rows[:, :k] = find_neighbors(self.train_features, queries, k)
+        return similarities, rows + self.first_row
+
+
+class DictKeysModule(nn.Module):
+    """Postprocessor that follows ``keys`` down nested outputs."""
+
+    def __init__(self, keys: Sequence[Any]) -> None:
+        super().__init__()
+        self.keys = tuple(keys)
+
+    def forward(self, features_dict: Any, targets: Tensor) -> dict[str, Tensor]:
+        """Return the scores found and the targets, as metrics take them."""
+        for key in self.keys:
+            features_dict = features_dict[key]
+        return {"preds": features_dict, "target": targets}
+
+
+class ModuleDictWithForward(nn.ModuleDict):
+    """Modules by name that are all given the same input."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the modules' outputs by name."""
+        return {name: module(*args, **kwargs) for name, module in self.items()}
+
+
+def create_class_indices_mapping(labels: Tensor) -> dict[int, Tensor]:
+    """Return the positions of every class in ``labels``, by ascending class."""
+    return {int(label): (labels == label).nonzero().squeeze(1) for label in labels.unique()}
+
+
+def filter_train(mapping: dict[int, Tensor], n_per_class: int, seed: int) -> Tensor:
+    """Return the positions of up to ``n_per_class`` random samples of every class, class by class."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for indices in mapping.values():
+        order = torch.randperm(len(indices), generator=generator)[:n_per_class]
+        chosen.append(indices[order.to(indices.device)])
+    return torch.cat(chosen)
+
+
+def create_module_dict(
+    *,
+    module: Callable[..., KnnModule],
+    n_per_class_list: Sequence[int],
+    n_tries: int,
+    nb_knn: Sequence[int],
+    train_features: Tensor,
+    train_labels: Tensor,
+) -> ModuleDictWithForward:
+    """Return the k-NN modules by name (``full`` or ``<n> per class``), then by try.
+
+    Args:
+        module: Makes a module from ``train_features``, ``train_labels`` and ``nb_knn``.
+        n_per_class_list: Training samples per class; -1 means all, and one try.
+        n_tries: Random choices of the samples, drawn with the seeds 0, 1, ...
+    """
+    mapping = create_class_indices_mapping(train_labels)
+    modules: dict[str, ModuleDictWithForward] = {}
+    for n_per_class in n_per_class_list:
+        if n_per_class < 0:
+            full = module(train_features=train_features, train_labels=train_labels, nb_knn=nb_knn)
+            modules["full"] = ModuleDictWithForward({"1": full})
+            continue
+        tries = {}
+        for seed in range(n_tries):
+            rows = filter_train(mapping, n_per_class, seed)
+            tries[str(seed)] = module(
+                train_features=train_features[rows],
+                train_labels=train_labels[rows],
+                nb_knn=sorted({k for k in nb_knn if k <= n_per_class} | {n_per_class}),
+            )
+        modules[f"{n_per_class} per class"] = ModuleDictWithForward(tries)
+    return ModuleDictWithForward(modules)

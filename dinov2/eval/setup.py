@@ -1,0 +1,68 @@
+"""From the command line to a frozen backbone: what all evaluations have in common."""
+
+import argparse
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from torch.backends import cudnn
+
+from dinov2.models import build_model_from_cfg
+from dinov2.utils.config import setup
+from dinov2.utils.device import resolve_device
+from dinov2.utils.utils import load_pretrained_weights
+
+logger = logging.getLogger("dinov2")
+
+AUTOCAST_DTYPES = {"fp16": torch.half, "bf16": torch.bfloat16}
+
+
+def get_args_parser(
+    description: str | None = None,
+    parents: list[argparse.ArgumentParser] | None = None,
+    add_help: bool = True,
+) -> argparse.ArgumentParser:
+    """Return a parser of the options that say which model to evaluate and where to write."""
+    parser = argparse.ArgumentParser(description=description, parents=parents or [], add_help=add_help)
+    parser.add_argument("--config-file", type=str, help="Config of the model (default: the packaged one)")
+    parser.add_argument("--pretrained-weights", type=str, help="Path or URL of the weights to evaluate")
+    parser.add_argument("--output-dir", type=str, default="", help="Folder for results and logs")
+    parser.add_argument(
+        "--opts", nargs="+", default=[], help="Config overrides as key=value", metavar="KEY=VALUE"
+    )
+    parser.add_argument(
+        "--lenient-config", action="store_true", help="Warn about unknown config keys instead of stopping"
+    )
+    return parser
+
+
+def get_autocast_dtype(config: Any) -> torch.dtype:
+    """Return the number format the config gives the teacher backbone, float32 unless it is fp16 or bf16."""
+    name = config.compute_precision.teacher.backbone.mixed_precision.param_dtype
+    return AUTOCAST_DTYPES.get(name, torch.float32)
+
+
+def build_model_for_eval(config: Any, pretrained_weights: str | None) -> nn.Module:
+    """Build the backbone of a config, load weights and freeze it, on the device ``config.train.device``.
+
+    Args:
+        pretrained_weights: Path or URL. None leaves the weights random, with a warning: a baseline.
+
+    Raises:
+        WeightsError: The weights cannot be read or do not fit.
+    """
+    model, _ = build_model_from_cfg(config, only_teacher=True)
+    if pretrained_weights:
+        load_pretrained_weights(model, pretrained_weights, "teacher")
+    else:
+        logger.warning("no --pretrained-weights given: the network is random, its scores are a baseline")
+    return model.eval().requires_grad_(False).to(resolve_device(config.train.device))
+
+
+def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dtype]:
+    """Set up the process (config, log, process group, seeds) and return the model and its autocast dtype."""
+    cudnn.benchmark = True
+    config = setup(args, keep_existing_config=True)
+    model = build_model_for_eval(config, args.pretrained_weights)
+    return model, get_autocast_dtype(config)
