@@ -68,7 +68,7 @@ class ImageNet22k(ExtendedVisionDataset):
         entry = self._entries.get()[index]
         archive = self._open_archive(str(entry["class_id"]))
         data = archive[int(entry["start_offset"]) + TAR_HEADER_BYTES : int(entry["end_offset"])]
-        return gzip.decompress(data.rstrip(b"\0")) if data.startswith(GZIP_MAGIC) else data
+        return gzip.decompress(data) if data.startswith(GZIP_MAGIC) else data
 
     def get_target(self, index: int) -> int:
         """Return the class number of a sample."""

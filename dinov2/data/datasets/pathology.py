@@ -63,7 +63,9 @@ class Pathology(ExtendedVisionDataset):
         existing_folder(root, dataset="Pathology", key="root")
         super().__init__(root, transforms, transform, target_transform)
         self.path_map = PathMap.parse(path_map) if path_map else SSHID_PATH_MAPS.get(str(sshid), PathMap())
-        self._folders = [self.path_map(path) for path in _read_entry_csv(Path(root, "entry.csv"))]
+        # With the slash behind it a folder matches as it would within the path of a tile.
+        recorded = _read_entry_csv(Path(root, "entry.csv"))
+        self._folders = [self.path_map(f"{path.rstrip('/')}/").rstrip("/") for path in recorded]
         for folder in self._folders:
             existing_folder(folder, dataset="Pathology", key=f"{CSV_COLUMN} in {root}/entry.csv")
         self._extra = extra
@@ -80,10 +82,18 @@ class Pathology(ExtendedVisionDataset):
         return self._split
 
     def __len__(self) -> int:
-        return len(self._entries.get())
+        count = len(self._entries.get())
+        if count and self._slides is None:
+            # Stray files left junk in the last rows of the forks' indices: better found now than in a run.
+            self.get_image_path(count - 1)
+        return count
 
     def get_image_path(self, index: int) -> str:
-        """Return the path of a tile."""
+        """Return the path of a tile.
+
+        Raises:
+            DatasetError: the index does not fit the folders.
+        """
         entry = self._entries.get()[index]
         folder_number, slide_number = int(entry["dataset_index"]), int(entry["dir_index"])
         slides = self._slide_names()

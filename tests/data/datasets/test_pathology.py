@@ -1,0 +1,264 @@
+"""Slides of tiles: the forks' files, stray files, changing folders."""
+
+import json
+import logging
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinov2.data import make_dataset
+from dinov2.data.datasets import Pathology
+from dinov2.errors import DatasetError, OutputError
+
+# As the forks define it, byte for byte.
+FORK_DTYPE = np.dtype([("actual_index", "<u4"), ("dir_index", "<u4"), ("dataset_index", "<u4")])
+
+
+def opened(tree, extra=None, **options):
+    return Pathology(split=Pathology.Split.TRAIN, root=str(tree), extra=str(extra or tree), **options)
+
+
+def write_fork_index(tree, rows, extra=None):
+    extra = extra or tree
+    extra.mkdir(exist_ok=True)
+    np.save(extra / "entries-TRAIN.npy", np.array(rows, dtype=FORK_DTYPE))
+
+
+def names(dataset):
+    return [Path(dataset.get_image_path(index)).name for index in range(len(dataset))]
+
+
+EXPECTED_NAMES = [
+    "TCGA_patch_x_patch_5.jpeg",
+    *(f"slide_a_patch_{number}.jpeg" for number in (0, 3, 99, 100)),
+    *(f"slide_b_patch_{number}.jpeg" for number in (2, 7, 10)),
+]
+
+
+def test_dump_and_read(tile_tree):
+    dataset = opened(tile_tree, extra=tile_tree / "new" / "extra", sshid="13")
+    dataset.dump_extra()
+    assert names(dataset) == EXPECTED_NAMES
+    for index in range(len(dataset)):
+        image, target = dataset[index]
+        assert image.size == (96, 96)
+        assert target is None
+
+
+def test_dumped_index_is_the_forks_format(tile_tree):
+    opened(tile_tree).dump_extra()
+    entries = np.load(tile_tree / "entries-TRAIN.npy")
+    assert entries.dtype == FORK_DTYPE
+    slides = sorted((tile_tree / "patches").iterdir())
+    by_hand = []
+    for number, slide_number, _ in entries.tolist():
+        slide = slides[slide_number]
+        by_hand.append(slide / f"{slide.name}_patch_{number}.jpeg")
+    assert len(set(by_hand)) == 8
+    assert all(path.is_file() for path in by_hand)
+    assert not entries["dataset_index"].any()
+
+
+def test_reads_an_index_written_by_a_fork(tile_tree):
+    """The order and any choice of rows are the index's own."""
+    write_fork_index(tile_tree, [(7, 2, 0), (99, 1, 0), (5, 0, 0), (0, 1, 0)])
+    dataset = make_dataset(dataset_str=f"Pathology:split=TRAIN:root={tile_tree}:extra={tile_tree}:sshid=13")
+    assert names(dataset) == [
+        "slide_b_patch_7.jpeg",
+        "slide_a_patch_99.jpeg",
+        "TCGA_patch_x_patch_5.jpeg",
+        "slide_a_patch_0.jpeg",
+    ]
+    assert isinstance(dataset._entries.get(), np.memmap)
+
+
+def test_several_patches_folders(tile_tree, encoded):
+    second = tile_tree / "second" / "other_slide"
+    second.mkdir(parents=True)
+    (second / "other_slide_patch_4.jpeg").write_bytes(encoded[0])
+    with (tile_tree / "entry.csv").open("a") as file:
+        file.write(f"more,{second.parent}\n")
+    dataset = opened(tile_tree)
+    dataset.dump_extra()
+    assert names(dataset) == [*EXPECTED_NAMES, "other_slide_patch_4.jpeg"]
+    assert dataset[8][0].size == (96, 96)
+
+
+def test_stray_files_are_left_out_and_counted(tile_tree, encoded, caplog):
+    slide = tile_tree / "patches" / "slide_a"
+    for stray in (
+        "thumbnail.png",
+        "slide_a_patch_7.jpg",
+        "slide_a_patch_007.jpeg",
+        "slide_b_patch_1.jpeg",
+        "notes",
+    ):
+        (slide / stray).write_bytes(encoded[0])
+    (slide / "slide_a_patch_.jpeg").write_bytes(encoded[0])
+    (tile_tree / "patches" / "list.txt").write_text("no slide")
+    dataset = opened(tile_tree)
+    with caplog.at_level(logging.WARNING, logger="dinov2"):
+        dataset.dump_extra()
+    assert names(dataset) == EXPECTED_NAMES
+    assert "7 files are no tiles" in caplog.text
+    assert "3 .jpeg" in caplog.text
+    index = tile_tree / "entries-TRAIN.npy"
+    assert index.stat().st_size == np.load(index, mmap_mode="r").offset + 12 * 8
+
+
+def test_only_other_extensions_is_said(tile_tree):
+    for tile in tile_tree.rglob("*.jpeg"):
+        tile.rename(tile.with_suffix(".png"))
+    with pytest.raises(
+        DatasetError, match=r"finds no tile .*_patch_<number>.jpeg .*8 .png: convert the images"
+    ):
+        opened(tile_tree).dump_extra()
+    assert not list(tile_tree.glob("*entries*"))
+
+
+def test_an_interrupted_dump_leaves_the_old_index(tile_tree, monkeypatch):
+    dataset = opened(tile_tree)
+    dataset.dump_extra()
+    before = (tile_tree / "entries-TRAIN.npy").read_bytes()
+    monkeypatch.setattr("dinov2.data.datasets.tile_index._report_strays", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        dataset.dump_extra()
+    assert (tile_tree / "entries-TRAIN.npy").read_bytes() == before
+    assert not list(tile_tree.glob(".*.tmp"))
+
+
+def test_folders_are_listed_once(tile_tree, monkeypatch):
+    write_fork_index(tile_tree, [(7, 2, 0), (99, 1, 0)])
+    listed = []
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: listed.append(folder) or listdir(folder))
+    dataset = opened(tile_tree)
+    assert len(dataset) == 2
+    for _ in range(3):
+        names(dataset)
+    assert listed == [str(tile_tree / "patches")]
+
+
+def test_a_new_slide_folder_does_not_shift_a_dumped_index(tile_tree):
+    opened(tile_tree).dump_extra()
+    (tile_tree / "patches" / "a_new_one").mkdir()
+    dataset = opened(tile_tree)
+    assert names(dataset) == EXPECTED_NAMES
+    assert dataset[0][0].size == (96, 96)
+
+
+def test_names_of_another_index_are_not_used(tile_tree, caplog):
+    opened(tile_tree).dump_extra()
+    write_fork_index(tile_tree, [(7, 2, 0)])
+    names_path = tile_tree / "slides-TRAIN.json"
+    content = json.loads(names_path.read_text())
+    names_path.write_text(json.dumps({**content, "slides": [["x", "y", "z"]]}))
+    with caplog.at_level(logging.WARNING, logger="dinov2"):
+        assert names(opened(tile_tree)) == ["slide_b_patch_7.jpeg"]
+    assert "another index" in caplog.text
+
+
+def test_names_that_are_no_text(tile_tree, encoded):
+    slide = os.fsdecode(b"lame_\xff\xe9")
+    folder = tile_tree / "patches" / slide
+    folder.mkdir()
+    (folder / f"{slide}_patch_1.jpeg").write_bytes(encoded[0])
+    opened(tile_tree).dump_extra()
+    dataset = opened(tile_tree)
+    assert f"{slide}_patch_1.jpeg" in names(dataset)
+    assert sum(image is not None for image, _ in (dataset[i] for i in range(len(dataset)))) == 9
+
+
+def test_pickles_without_its_index(tile_tree):
+    dataset = opened(tile_tree)
+    dataset.dump_extra()
+    assert len(dataset) == 8
+    data = pickle.dumps(dataset)
+    assert dataset._entries.get().tobytes() not in data
+    assert names(pickle.loads(data)) == EXPECTED_NAMES
+
+
+def test_junk_rows_of_a_fork_are_found_at_once(tile_tree):
+    write_fork_index(tile_tree, [(7, 2, 0), (115756909, 21942, 20)])
+    with pytest.raises(DatasetError, match=r"tile 1 .* slide 21942 .* build it again"):
+        make_dataset(dataset_str=f"Pathology:split=TRAIN:root={tile_tree}:extra={tile_tree}:sshid=1")
+
+
+@pytest.mark.parametrize("content", [b"", b"not an index", b"\x93NUMPY\x01\x00"])
+def test_an_index_that_is_none(tile_tree, content):
+    (tile_tree / "entries-TRAIN.npy").write_bytes(content)
+    with pytest.raises(DatasetError, match=r"entries-TRAIN.npy.*python -m dinov2.data.index --root"):
+        len(opened(tile_tree))
+
+
+def test_an_index_of_no_rows(tile_tree):
+    write_fork_index(tile_tree, [])
+    with pytest.raises(DatasetError, match="empty"):
+        make_dataset(dataset_str=f"Pathology:split=train:root={tile_tree}:extra={tile_tree}")
+
+
+def test_an_array_of_another_kind(tile_tree):
+    np.save(tile_tree / "entries-TRAIN.npy", np.zeros(4))
+    with pytest.raises(DatasetError, match="lacks actual_index, dataset_index, dir_index"):
+        len(opened(tile_tree))
+
+
+def test_missing_index_tells_how_to_build_it(tile_tree):
+    expected = f"python -m dinov2.data.index --root {tile_tree} --extra {tile_tree} --sshid 13"
+    with pytest.raises(DatasetError, match=expected):
+        make_dataset(dataset_str=f"Pathology:split=TRAIN:root={tile_tree}:extra={tile_tree}:sshid=13")
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("path\n/x\n", "patches_path is needed"),
+        ("patches_path\n", "lists no patches folder"),
+        ("patches_path\n/none/such\n", "/none/such"),
+        ("", "patches_path is needed"),
+    ],
+)
+def test_wrong_entry_csv(tile_tree, content, word):
+    (tile_tree / "entry.csv").write_text(content)
+    with pytest.raises(DatasetError, match=word):
+        opened(tile_tree)
+
+
+def test_extra_folder_that_can_not_be_written(tile_tree):
+    (tile_tree / "file").write_text("")
+    with pytest.raises(OutputError, match="can not write"):
+        opened(tile_tree, extra=tile_tree / "file" / "extra").dump_extra()
+
+
+@pytest.mark.parametrize("step", ["dump", "read"])
+def test_path_map_in_dump_and_read(tile_tree, step):
+    (tile_tree / "entry.csv").write_text("patches_path\n/data/of/another/host/\n")
+    path_map = f"/data/of/another/host={tile_tree / 'patches'}"
+    dataset = opened(tile_tree, path_map=path_map)
+    if step == "dump":
+        dataset.dump_extra()
+    else:
+        write_fork_index(tile_tree, [(5, 0, 0)])
+    text = f"Pathology:split=TRAIN:root={tile_tree}:extra={tile_tree}:path_map={path_map}"
+    assert make_dataset(dataset_str=text)[0][0].size == (96, 96)
+
+
+def test_sshid_448_takes_the_larger_tiles(tmp_path, encoded):
+    folder = tmp_path / "40x_448px_0px_overlap" / "slide"
+    folder.mkdir(parents=True)
+    (folder / "slide_patch_0.jpeg").write_bytes(encoded[0])
+    (tmp_path / "entry.csv").write_text(f"patches_path\n{tmp_path}/20x_224px_0px_overlap\n")
+    dataset = opened(tmp_path, sshid="448")
+    dataset.dump_extra()
+    assert "/40x_448px_0px_overlap/slide/slide_patch_0.jpeg" in dataset.get_image_path(0)
+    assert dataset[0][0].size == (96, 96)
+
+
+def test_no_targets(tile_tree):
+    dataset = opened(tile_tree)
+    assert dataset.get_target(0) is None
+    with pytest.raises(DatasetError, match="Pathology has no labels"):
+        dataset.get_targets()
