@@ -10,10 +10,10 @@ REQUIREMENTS = [
     "torch>=2.10",
     "torchvision>=0.25",
     "omegaconf>=2.3,<2.5",
-    "fvcore>=0.1.5.post20221221",
     "submitit>=1.5",
     "numpy>=1.26",
     "pillow>=10.3",
+    "pyyaml>=6.0",
     "safetensors>=0.5",
 ]
 
@@ -34,7 +34,6 @@ EXTRAS["dev"] = [
     "timm>=1.0.20",
     "transformers>=4.56",
     "ruff>=0.8",
-    "pyyaml>=6.0",
 ]
 
 setup(

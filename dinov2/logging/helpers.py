@@ -162,7 +162,7 @@ class MetricLogger:
         images_per_iteration: int | None = None,
         shown: Collection[str] | None = None,
     ) -> Iterator[Any]:
-        """Yield ``n_iterations - start_iteration`` items and log every ``print_freq`` and at the last.
+        """Yield ``n_iterations - start_iteration`` items and log at regular ones and at the last.
 
         Nothing is drawn from ``iterable`` beyond the last item, so a run that is already complete takes no
         step. A line stands for the iteration whose work has just been done.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dinov2.errors import ConfigError, OutputError
-from dinov2.utils.cluster import get_slurm_executor_parameters, get_slurm_partition, get_user_checkpoint_path
+from dinov2.utils.cluster import get_slurm_executor_parameters, get_user_checkpoint_path
 
 logger = logging.getLogger("dinov2")
 
@@ -47,15 +47,8 @@ def get_args_parser(
         help="GPUs per node, one process each; 0 runs one process on the CPU",
     )
     parser.add_argument("--nodes", "--nnodes", default=1, type=int, help="number of machines")
-    parser.add_argument(
-        "--timeout", default=2800, type=int, help="minutes until the job is stopped and requeued"
-    )
-    parser.add_argument(
-        "--partition",
-        default=get_slurm_partition(),
-        type=str,
-        help="Slurm partition (default: the cluster's)",
-    )
+    parser.add_argument("--timeout", default=2800, type=int, help="minutes until the job is requeued")
+    parser.add_argument("--partition", default=None, type=str, help="Slurm partition (default: the site's)")
     parser.add_argument(
         "--use-volta32", action="store_true", help='ask for nodes with the feature "volta32gb"'
     )
@@ -100,12 +93,15 @@ class Task:
         self.args = args
 
     def check(self) -> None:
-        """Raise a :class:`~dinov2.errors.UserError` for what would fail in the job; called before submitting."""
+        """Raise before submitting what would fail in the job."""
 
     def __call__(self) -> Any:
         """Run in the job; the module is imported only here."""
         import submitit
 
+        from dinov2.logging import setup_logging
+
+        setup_logging(level=logging.INFO)  # into submitit's file, until `main` sets up the run's own
         job = submitit.JobEnvironment()
         args = copy.deepcopy(self.args)
         args.output_dir = args.output_dir.replace(JOB_ID, str(job.job_id))

@@ -1,4 +1,4 @@
-"""Submit a k-NN evaluation: ``python dinov2/run/eval/knn.py --config-file ... --pretrained-weights ...``."""
+"""Submit a k-NN evaluation, with its options and those of the submission."""
 
 from dinov2 import cli
 from dinov2.run import submit

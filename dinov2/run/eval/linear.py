@@ -1,4 +1,4 @@
-"""Submit a linear-probe evaluation: ``python dinov2/run/eval/linear.py --config-file ... --pretrained-weights ...``."""
+"""Submit a linear-probe evaluation, with its options and those of the submission."""
 
 from dinov2 import cli
 from dinov2.run import submit

@@ -1,4 +1,4 @@
-"""Submit a logistic-regression evaluation: ``python dinov2/run/eval/log_regression.py --config-file ... --pretrained-weights ...``."""
+"""Submit a logistic-regression evaluation, with its options and those of the submission."""
 
 from dinov2 import cli
 from dinov2.run import submit
