@@ -76,17 +76,14 @@ class Block(nn.Module):
             dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=drop
         )
         self.ls1 = _layer_scale(dim, init_values)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.drop_path1 = DropPath(drop_path)
         self.norm2 = norm_layer(dim)
+        hidden = int(dim * mlp_ratio)
         self.mlp = ffn_layer(
-            in_features=dim,
-            hidden_features=int(dim * mlp_ratio),
-            act_layer=act_layer,
-            drop=drop,
-            bias=ffn_bias,
+            in_features=dim, hidden_features=hidden, act_layer=act_layer, drop=drop, bias=ffn_bias
         )
         self.ls2 = _layer_scale(dim, init_values)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.drop_path2 = DropPath(drop_path)
         self.sample_drop_ratio = drop_path
 
     def attention_branch(self, x: Tensor, attn_bias: PackedLayout | None = None) -> Tensor:
