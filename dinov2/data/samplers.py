@@ -18,7 +18,7 @@ from dinov2.errors import DatasetError
 logger = logging.getLogger("dinov2")
 
 # Indices are turned into Python integers in pieces of this size: a list of a whole pass over millions of
-# samples would need eight times the memory of the array.
+# samples would need ten times the memory of the array.
 CHUNK = 1 << 16
 
 
@@ -250,10 +250,13 @@ def _shuffle_inside_out(share: np.ndarray, seed: int) -> np.ndarray:
     numpy's ``RandomState`` and torch's CPU generator are the same Mersenne Twister, so one call draws what
     upstream draws one by one.
     """
-    count = len(share)
-    draws = np.random.RandomState(seed % 2**32).randint(0, 2**32, size=count - 1, dtype=np.uint32)
-    places = (draws % np.arange(2, count + 1, dtype=np.uint32)).tolist()
-    shuffled = share.tolist()
-    for item, place in enumerate(places, start=1):
-        shuffled[item], shuffled[place] = shuffled[place], shuffled[item]
-    return np.array(shuffled, dtype=share.dtype)
+    shuffled = share.copy()
+    cells = memoryview(shuffled)  # faster for single items than the array, and no larger, unlike a list
+    generator = np.random.RandomState(seed % 2**32)
+    for begin in range(1, len(share), CHUNK):
+        items = range(begin, min(begin + CHUNK, len(share)))
+        draws = generator.randint(0, 2**32, size=len(items), dtype=np.uint32)
+        places = draws % np.arange(items.start + 1, items.stop + 1, dtype=np.uint32)
+        for item, place in zip(items, places.tolist(), strict=True):
+            cells[item], cells[place] = cells[place], cells[item]
+    return shuffled

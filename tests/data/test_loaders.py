@@ -10,16 +10,10 @@ import pytest
 import torch
 
 from dinov2 import distributed
-from dinov2.data import (
-    DataAugmentationDINO,
-    DatasetWithEnumeratedTargets,
-    MaskingGenerator,
-    SamplerType,
-    collate_data_and_cast,
-    make_data_loader,
-    make_dataset,
-)
-from dinov2.data.loaders import DATASETS
+from dinov2.data import DataAugmentationDINO, DatasetWithEnumeratedTargets
+from dinov2.data.collate import collate_data_and_cast
+from dinov2.data.loaders import DATASETS, SamplerType, make_data_loader, make_dataset
+from dinov2.data.masking import MaskingGenerator
 from dinov2.errors import ConfigError, DatasetError
 
 
@@ -188,11 +182,7 @@ def test_an_unreadable_tile_stops_the_loader_and_is_named(tile_tree):
     tile = tile_tree / "patches" / "slide_a" / "slide_a_patch_99.jpeg"
     tile.write_bytes(tile.read_bytes()[:200])
     loader = numbers_loader(
-        dataset=make_dataset(dataset_str=text),
-        num_workers=2,
-        batch_size=1,
-        sampler_type=None,
-        collate_fn=no_target,
+        dataset=make_dataset(dataset_str=text), batch_size=1, sampler_type=None, collate_fn=no_target
     )
     with pytest.raises(RuntimeError, match=f"can not read image for sample 3 .*{tile.name}"):
         first_batches(loader, 9)

@@ -62,7 +62,8 @@ def draw_one_by_one(share, seed):
 
 
 @pytest.mark.parametrize("seed", [0, 3, 2**31 + 11, (300 << 24) + 5])
-def test_vectorised_draws_equal_scalar_draws(seed):
+def test_vectorised_draws_equal_scalar_draws(seed, monkeypatch):
+    monkeypatch.setattr(samplers, "CHUNK", 999)
     share = np.arange(100, 3100, dtype=np.int32)
     assert samplers._shuffle_inside_out(share, seed).tolist() == draw_one_by_one(share.tolist(), seed)
 
