@@ -2,7 +2,7 @@
 
 import math
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 from dinov2.errors import ConfigError
 
@@ -29,8 +29,8 @@ def settle_run_length(cfg: DictConfig, dataset_length: int, world_size: int) -> 
     if cfg.optim.max_passes is not None:
         images = cfg.optim.max_passes * dataset_length
     if images is not None:
-        with open_dict(cfg):
-            cfg.optim.max_iterations = max(1, math.ceil(images / images_per_iteration))
+        cfg.optim.max_iterations = max(1, math.ceil(images / images_per_iteration))
+        cfg.optim.max_images = cfg.optim.max_passes = None
     warmup = cfg.optim.warmup_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
     if warmup > total_iterations(cfg):
         raise ConfigError(

@@ -152,7 +152,7 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> dict[
     model.train()
     dataset = build_dataset(cfg)
     settle_run_length(cfg, len(dataset), distributed.get_global_size())
-    write_config(cfg, cfg.train.output_dir)
+    write_config(cfg, cfg.train.output_dir, amend=True)
     optimizer = build_optimizer(cfg, model.get_params_groups())
     schedules = build_schedulers(cfg)
     checkpointer, start_iteration = restore(cfg, model, optimizer, resume=resume)

@@ -30,6 +30,8 @@ def test_two_processes_equal_one(centering, separate_head, tmp_path):
     cfg.ibot.separate_head = separate_head
     cfg.student.arch = "vit_tiny"
     cfg.student.embed_dim, cfg.student.depth, cfg.student.num_heads = 48, 2, 3
+    # With LayerScale near 0 all cls tokens of a fresh network coincide, and KoLeo amplifies rounding.
+    cfg.student.layerscale = 1.0
     # DINOv2's KoLeo looks for neighbours within a rank; among all ranks it does not depend on the split.
     cfg.dino.koleo_scope = "global"
     cfg.optim.epochs = 5
@@ -47,7 +49,11 @@ def test_two_processes_equal_one(centering, separate_head, tmp_path):
         assert got == pytest.approx(expected, rel=1e-4)
     assert one["state"].keys() == two["state"].keys()
     for name, expected in one["state"].items():
-        distance = (two["state"][name] - expected).norm()
-        assert distance <= 1e-5 * expected.norm() + 1e-7, name
+        got = two["state"][name]
+        if name.endswith("attn.qkv.bias"):
+            # Softmax ignores the key bias: its gradient is rounding noise, which Adam scales up.
+            (query, _, value), (query_got, _, value_got) = expected.chunk(3), got.chunk(3)
+            expected, got = torch.cat((query, value)), torch.cat((query_got, value_got))
+        assert (got - expected).norm() <= 1e-5 * expected.norm() + 1e-7, name
     moved = [one["losses"][0]["total_loss"], one["losses"][-1]["total_loss"]]
     assert abs(moved[0] - moved[1]) > 1e-2, "nothing was learned, so nothing was compared"
