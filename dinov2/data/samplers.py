@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 
 from dinov2 import distributed
 from dinov2.errors import DatasetError
+from dinov2.utils.seeding import derive_seed
 
 logger = logging.getLogger("dinov2")
 
@@ -209,7 +210,8 @@ class ShardedInfiniteSampler(Sampler[int]):
         dtype = _index_dtype(self._sample_count)
         if not self._shuffle:
             return torch.arange(self._sample_count, dtype=dtype).numpy()
-        seed = self._seed + ((number << 24) if self._reshuffle_globally else 0)
+        dealt_anew = self._reshuffle_globally and number > 0
+        seed = derive_seed(self._seed, number) if dealt_anew else self._seed
         generator = torch.Generator().manual_seed(seed)
         return torch.randperm(self._sample_count, dtype=dtype, generator=generator).numpy()
 

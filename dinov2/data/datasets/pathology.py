@@ -144,10 +144,14 @@ class Pathology(ExtendedVisionDataset):
         """Sorted names in every patches folder, as recorded with the index or else as listed now, once."""
         if self._slides is None:
             recorded = read_slide_names(self._names_path, self._entries.get())
-            if recorded is not None and len(recorded) == len(self._folders):
-                self._slides = recorded
-            else:
-                self._slides = [sorted(os.listdir(folder)) for folder in self._folders]  # noqa: PTH208
+            if recorded is None:
+                recorded = [sorted(os.listdir(folder)) for folder in self._folders]  # noqa: PTH208
+            elif len(recorded) != len(self._folders):
+                raise DatasetError(
+                    f'"{self.root}/entry.csv" lists {len(self._folders)} folders, but the index '
+                    f'"{self._entries.path}" was built over {len(recorded)}: build it again'
+                )
+            self._slides = recorded
         return self._slides
 
 
@@ -161,7 +165,12 @@ def _read_entry_csv(path: Path) -> list[str]:
         reader = csv.DictReader(file)
         if CSV_COLUMN not in (reader.fieldnames or []):
             raise DatasetError(f'"{path}" has the columns {reader.fieldnames}, but {CSV_COLUMN} is needed')
-        folders = [row[CSV_COLUMN].strip() for row in reader if (row[CSV_COLUMN] or "").strip()]
+        # The index names a folder by its line, so no line may be passed over.
+        folders = [(row[CSV_COLUMN] or "").strip() for row in reader]
     if not folders:
         raise DatasetError(f'"{path}" lists no patches folder: add one line per folder below {CSV_COLUMN}')
+    if "" in folders:
+        raise DatasetError(
+            f'line {folders.index("") + 2} of "{path}" has nothing below {CSV_COLUMN}: give a path'
+        )
     return folders

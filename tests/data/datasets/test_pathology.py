@@ -161,6 +161,16 @@ def test_names_of_another_index_are_not_used(tile_tree, caplog):
     assert "another index" in caplog.text
 
 
+def test_an_entry_csv_with_another_number_of_folders(tile_tree):
+    opened(tile_tree).dump_extra()
+    with (tile_tree / "entry.csv").open("a") as file:
+        file.write(f"more,{tile_tree}\n")
+    with pytest.raises(
+        DatasetError, match="lists 2 folders, but the index .* was built over 1: build it again"
+    ):
+        len(opened(tile_tree))
+
+
 def test_names_that_are_no_text(tile_tree, encoded):
     slide = os.fsdecode(b"lame_\xff\xe9")
     folder = tile_tree / "patches" / slide
@@ -218,6 +228,7 @@ def test_missing_index_tells_how_to_build_it(tile_tree):
         ("path\n/x\n", "patches_path is needed"),
         ("patches_path\n", "lists no patches folder"),
         ("patches_path\n/none/such\n", "/none/such"),
+        ("name,patches_path\na,\nb,/\n", "line 2 of .* has nothing below patches_path"),
         ("", "patches_path is needed"),
     ],
 )
