@@ -6,6 +6,7 @@ The meters that the training loop and the evaluations print are in :mod:`dinov2.
 import logging
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from dinov2 import distributed
 from dinov2.errors import OutputError
@@ -22,13 +23,25 @@ CONSOLE_DATE_FORMAT = "%H:%M:%S"
 _handlers: dict[str, list[logging.Handler]] = {}
 
 
+class ConsoleHandler(logging.StreamHandler):
+    """Writes to whatever ``sys.stdout`` is at the time, which a notebook or a test may exchange."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+        self.setFormatter(ConsoleFormatter())
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stdout
+
+
 class ConsoleFormatter(logging.Formatter):
     """Time and message; the level only where it asks for attention."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", CONSOLE_DATE_FORMAT)
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: D102 (name fixed by logging)
+    def formatMessage(self, record: logging.LogRecord) -> str:
         if record.levelno >= logging.WARNING:
             record.message = f"{record.levelname.lower()}: {record.message}"
         return super().formatMessage(record)
@@ -69,9 +82,7 @@ def setup_logging(
     if output:
         handlers.append(_file_handler(output))
     if distributed.is_main_process():
-        console = logging.StreamHandler(sys.stdout)
-        console.setFormatter(ConsoleFormatter())
-        handlers.append(console)
+        handlers.append(ConsoleHandler())
     for handler in handlers:
         handler.setLevel(level)
         logger.addHandler(handler)

@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -198,18 +199,26 @@ def test_a_relative_config_file_does_not_depend_on_the_directory_of_the_job(tmp_
     assert seen == [(str(tmp_path / "c.yaml"), str(tmp_path / "out"))]
 
 
-@pytest.mark.parametrize(
-    "script", ["train/train.py", "eval/knn.py", "eval/linear.py", "eval/log_regression.py"]
-)
-def test_entry_scripts_start_and_report_mistakes_in_one_sentence(script, tmp_path):
-    words = ["--dry-run", "--config-file", str(tmp_path / "none.yaml"), "--output-dir", str(tmp_path)]
-    result = subprocess.run(
-        [sys.executable, f"dinov2/run/{script}", *words],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 1
-    assert result.stderr.strip() == (
+SCRIPTS = ["train/train.py", "eval/knn.py", "eval/linear.py", "eval/log_regression.py"]
+
+
+def mistaken_words(tmp_path):
+    return ["--dry-run", "--config-file", str(tmp_path / "none.yaml"), "--output-dir", str(tmp_path)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_entry_scripts_report_mistakes_in_one_sentence(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, *mistaken_words(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(REPO / "dinov2" / "run" / script), run_name="__main__")
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.strip() == (
         f"error: the config file {tmp_path / 'none.yaml'} does not exist: check --config-file"
     )
+
+
+def test_an_entry_script_starts_from_the_command_line(tmp_path):
+    words = [sys.executable, "dinov2/run/train/train.py", *mistaken_words(tmp_path)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith("error: the config file")
