@@ -1,7 +1,9 @@
 """Options that several evaluations share."""
 
 import argparse
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from dinov2.eval.metrics import MetricType
 from dinov2.eval.setup import get_args_parser as get_setup_args_parser
@@ -44,3 +46,9 @@ def add_metric_option(
     parser.add_argument(
         flag, type=MetricType, default=default, nargs=nargs, metavar="METRIC", help=f"{help}: {names}"
     )
+
+
+def options_for(function: Callable, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a command line that are parameters of ``function``, by name."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in vars(args).items() if name in parameters}

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from dinov2 import cli
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.errors import ConfigError
-from dinov2.eval.cli import add_metric_option, make_parser
+from dinov2.eval.cli import add_metric_option, make_parser, options_for
 from dinov2.eval.data import check_same_classes, make_evaluation_loader, make_labelled_dataset
 from dinov2.eval.knn_modules import (
     DictKeysModule,
@@ -86,11 +86,11 @@ def eval_knn(
     device = device_of(model)
     modules = create_module_dict(
         module=partial(KnnModule, T=temperature, device=device, num_classes=num_classes),
-        n_per_class_list=n_per_class_list,
-        n_tries=n_tries,
-        nb_knn=nb_knn,
         train_features=train_features,
         train_labels=train_labels,
+        nb_knn=nb_knn,
+        n_per_class_list=n_per_class_list,
+        n_tries=n_tries,
     )
     keys = [
         (name, attempt, k)
@@ -169,14 +169,14 @@ def eval_knn_with_model(
         model=ModelWithAutocast(model, autocast_dtype),
         train_dataset=train_dataset,
         val_dataset=val_dataset,
-        accuracy_averaging=accuracy_averaging,
-        nb_knn=nb_knn,
-        temperature=temperature,
         batch_size=batch_size,
         num_workers=num_workers,
         gather_on_cpu=gather_on_cpu,
+        nb_knn=nb_knn,
         n_per_class_list=n_per_class_list,
         n_tries=n_tries,
+        temperature=temperature,
+        accuracy_averaging=accuracy_averaging,
     )
     rows = [
         {"train_samples": name, "k": k} | {top: percent(value) for top, value in accuracies.items()}
@@ -263,20 +263,10 @@ def main(args: argparse.Namespace) -> None:
         )
     model, autocast_dtype = setup_and_build_model(args)
     eval_knn_with_model(
-        model=model,
-        output_dir=args.output_dir,
-        train_dataset_str=args.train_dataset_str,
-        val_dataset_str=args.val_dataset_str,
-        nb_knn=args.nb_knn,
-        temperature=args.temperature,
+        model,
         autocast_dtype=autocast_dtype,
         accuracy_averaging=averaging,
-        gather_on_cpu=args.gather_on_cpu,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        n_per_class_list=args.n_per_class_list,
-        n_tries=args.n_tries,
-        pretrained_weights=args.pretrained_weights,
+        **options_for(eval_knn_with_model, args),
     )
 
 

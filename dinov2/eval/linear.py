@@ -21,7 +21,7 @@ from dinov2 import cli
 from dinov2.data import SamplerType, make_data_loader
 from dinov2.data.transforms import make_classification_eval_transform, make_classification_train_transform
 from dinov2.errors import ConfigError
-from dinov2.eval.cli import add_metric_option, make_parser
+from dinov2.eval.cli import add_metric_option, make_parser, options_for
 from dinov2.eval.data import (
     check_same_classes,
     make_evaluation_loader,
@@ -228,16 +228,16 @@ def run_eval_linear(
     accuracies = {f"{val_dataset_str}_accuracy": 100.0 * best["accuracy"]} | test_on_datasets(
         feature_model,
         trained.linear_classifiers,
-        test_dataset_strs,
-        batch_size,
-        num_workers,
-        test_metric_types,
-        metrics_file_path,
-        num_classes,
-        max_iter,
-        best["name"],
+        test_dataset_strs=test_dataset_strs,
+        test_metric_types=test_metric_types,
         test_class_mappings=test_class_mappings,
+        best_classifier_on_val=best["name"],
+        iteration=max_iter,
+        training_num_classes=num_classes,
         train_dataset=train_dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        metrics_file_path=metrics_file_path,
     )
     summary = {
         "pretrained_weights": pretrained_weights,
@@ -378,28 +378,8 @@ def get_args_parser(
 def main(args: argparse.Namespace) -> None:
     """Evaluate as the command line says."""
     model, autocast_dtype = setup_and_build_model(args)
-    run_eval_linear(
-        model=model,
-        output_dir=args.output_dir,
-        train_dataset_str=args.train_dataset_str,
-        val_dataset_str=args.val_dataset_str,
-        batch_size=args.batch_size,
-        epochs=args.epochs,
-        epoch_length=args.epoch_length,
-        num_workers=args.num_workers,
-        save_checkpoint_frequency=args.save_checkpoint_frequency,
-        eval_period_iterations=args.eval_period_iterations,
-        learning_rates=args.learning_rates,
-        autocast_dtype=autocast_dtype,
-        test_dataset_strs=args.test_dataset_strs,
-        resume=not args.no_resume,
-        classifier_fpath=args.classifier_fpath,
-        val_class_mapping_fpath=args.val_class_mapping_fpath,
-        test_class_mapping_fpaths=args.test_class_mapping_fpaths,
-        val_metric_type=args.val_metric_type,
-        test_metric_types=args.test_metric_types,
-        pretrained_weights=args.pretrained_weights,
-    )
+    options = options_for(run_eval_linear, args)
+    run_eval_linear(model, autocast_dtype=autocast_dtype, resume=not args.no_resume, **options)
 
 
 if __name__ == "__main__":

@@ -43,10 +43,8 @@ class LinearClassifier(nn.Module):
 
     def __init__(self, out_dim: int, use_n_blocks: int, use_avgpool: bool, num_classes: int = 1000) -> None:
         super().__init__()
-        self.out_dim = out_dim
         self.use_n_blocks = use_n_blocks
         self.use_avgpool = use_avgpool
-        self.num_classes = num_classes
         self.linear = nn.Linear(out_dim, num_classes)
         nn.init.normal_(self.linear.weight, mean=0.0, std=0.01)
         nn.init.zeros_(self.linear.bias)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from dinov2 import cli, distributed
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.errors import ConfigError, DatasetError
-from dinov2.eval.cli import add_metric_option, make_parser
+from dinov2.eval.cli import add_metric_option, make_parser, options_for
 from dinov2.eval.data import check_same_classes, make_labelled_dataset
 from dinov2.eval.logistic import LogisticRegression, fit_logistic_regression
 from dinov2.eval.metrics import MetricType, build_metric
@@ -24,6 +24,7 @@ from dinov2.eval.neighbors import count_classes
 from dinov2.eval.results import percent, write_summary
 from dinov2.eval.setup import setup_and_build_model
 from dinov2.eval.utils import ModelWithAutocast, device_of, extract_features
+from dinov2.utils.device import resolve_device
 from dinov2.utils.dtype import as_torch_dtype
 
 logger = logging.getLogger("dinov2")
@@ -204,9 +205,13 @@ def eval_log_regression_with_model(
         ``top-1`` and, from five classes on, ``top-5`` in percent, and ``best_C``.
 
     Raises:
-        ConfigError: C is to be chosen on two datasets.
+        ConfigError: C is to be chosen on two datasets, or the number format is not usable.
         DatasetError: A dataset string is wrong, or labels are missing or do not belong together.
     """
+    if train_dtype not in (torch.float32, torch.float64):
+        raise ConfigError(
+            f"logistic regression is fitted in float32 or float64, not in {train_dtype}: use one of them"
+        )
     if finetune_dataset_str and finetune_on_val:
         raise ConfigError(
             "C can be chosen on one dataset only: give either --finetune-dataset-str or --finetune-on-val"
@@ -274,22 +279,11 @@ def get_args_parser(
 def main(args: argparse.Namespace) -> None:
     """Evaluate as the command line says."""
     model, autocast_dtype = setup_and_build_model(args)
-    eval_log_regression_with_model(
-        model=model,
-        train_dataset_str=args.train_dataset_str,
-        val_dataset_str=args.val_dataset_str,
-        finetune_dataset_str=args.finetune_dataset_str,
-        autocast_dtype=autocast_dtype,
-        finetune_on_val=args.finetune_on_val,
-        metric_type=args.metric_type,
-        train_dtype=as_torch_dtype(args.train_dtype),
-        train_features_device=torch.device(args.train_features_device),
-        max_train_iters=args.max_train_iters,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        output_dir=args.output_dir,
-        pretrained_weights=args.pretrained_weights,
-    )
+    options = options_for(eval_log_regression_with_model, args) | {
+        "train_dtype": as_torch_dtype(args.train_dtype),
+        "train_features_device": resolve_device(args.train_features_device),
+    }
+    eval_log_regression_with_model(model, autocast_dtype=autocast_dtype, **options)
 
 
 if __name__ == "__main__":

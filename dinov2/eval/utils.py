@@ -115,13 +115,13 @@ def evaluate(
     model.eval()
     meters = MetricLogger(delimiter="  ")
     for images, targets in meters.log_every(data_loader, LOG_PERIOD, "Test:"):
-        own, targets = _own_samples(targets)
-        outputs, targets = model(images.to(device, non_blocking=True)), targets.to(device)
+        own, targets = (part.to(device) for part in _own_samples(targets))
+        outputs = model(images.to(device, non_blocking=True))
         if criterion is not None:
             meters.update(loss=criterion(outputs, targets))
         for name, metric in metrics.items():
             batch = postprocessors[name](outputs, targets)
-            metric.update(batch["preds"][own.to(device)], batch["target"][own.to(device)])
+            metric.update(batch["preds"][own], batch["target"][own])
     meters.synchronize_between_processes()
     stats = {name: meter.global_avg for name, meter in meters.meters.items()}
     return stats, {name: metric.compute() for name, metric in metrics.items()}

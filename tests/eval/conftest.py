@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
 from dinov2.configs import resolve_config
@@ -83,9 +82,7 @@ def write_nucleus_windows(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_backbone(tiny_case) -> torch.nn.Module:
-    model, _ = build_model_from_cfg(
-        OmegaConf.create(resolve_config(str(tiny_case.config), [])), only_teacher=True
-    )
+    model, _ = build_model_from_cfg(resolve_config(str(tiny_case.config), []), only_teacher=True)
     state = torch.load(tiny_case.weights, weights_only=True)["teacher"]
     model.load_state_dict({name.removeprefix("backbone."): value for name, value in state.items()})
     return model.eval()
