@@ -41,8 +41,7 @@ def load_initial_weights(student: nn.ModuleDict, teacher: nn.ModuleDict, cfg: Di
     """
     source = pretrained_source(cfg)
     if source:
-        report = load_backbone(student["backbone"], source)
-        logger.info("student backbone: %s", report.summary())
+        load_backbone(student["backbone"], source)
     else:
         logger.info("student backbone: random weights (student.pretrained_weights is empty)")
     if not cfg.head.head_path:
@@ -70,5 +69,4 @@ def _load_heads(student: nn.ModuleDict, teacher: nn.ModuleDict, folder: Path) ->
         )
     for (network, head), path in files.items():
         load_head((student if network == "student" else teacher)[head], str(path), f"{network}_{head}")
-        logger.info("%s %s: loaded from %s", network, head, path)
     return set(wanted)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dinov2 import distributed
 from dinov2.data import DataAugmentationDINO, MaskingGenerator, collate_data_and_cast, make_dataset
 from dinov2.data.samplers import InfiniteSampler, ShardedInfiniteSampler
+from dinov2.data.workers import seed_worker
 from dinov2.utils.seeding import seed_everything
 
 
@@ -125,11 +126,5 @@ def build_data_loader(
         drop_last=True,
         persistent_workers=num_workers > 0,
         collate_fn=build_collate(cfg, dtype),
-        worker_init_fn=prepare_worker,
+        worker_init_fn=seed_worker,
     )
-
-
-def prepare_worker(_: int) -> None:
-    """One thread per worker, and no denormal floats: blur kernels hold them and slow down several-fold."""
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch.utils.data import Dataset
 
 from dinov2 import distributed
 from dinov2.errors import UserError, WeightsError
@@ -135,13 +136,16 @@ def do_test(cfg: DictConfig, model: SSLMetaArch, iteration: str | int) -> None:
     logger.info("exported teacher and student to %s", folder)
 
 
-def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> dict[str, float]:
+def do_train(
+    cfg: DictConfig, model: SSLMetaArch, resume: bool = False, *, dataset: Dataset | None = None
+) -> dict[str, float]:
     """Train ``model``, which is prepared and on its device, to the end of the configured run.
 
     Args:
         cfg: resolved config, learning rate scaled.
         model: networks to train.
         resume: continue from the newest checkpoint in the output directory.
+        dataset: training set, if it is open already; by default the one the config names.
 
     Returns:
         Name of each metric -> its average over the run and all ranks.
@@ -150,7 +154,7 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> dict[
         NonFiniteLossError: naming iteration and losses; the last checkpoint is intact.
     """
     model.train()
-    dataset = build_dataset(cfg)
+    dataset = build_dataset(cfg) if dataset is None else dataset
     settle_run_length(cfg, len(dataset), distributed.get_global_size())
     write_config(cfg, cfg.train.output_dir, amend=True)
     optimizer = build_optimizer(cfg, model.get_params_groups())
@@ -163,6 +167,7 @@ def do_train(cfg: DictConfig, model: SSLMetaArch, resume: bool = False) -> dict[
 
     world_size = distributed.get_global_size()
     logger.info("%s", describe_run_length(cfg, len(dataset), world_size))
+    checkpointer.rehearse(iteration=start_iteration)
     loader = build_data_loader(cfg, dataset, start_iteration, model.precision.dtypes["student", "backbone"])
     metrics = MetricLogger(
         delimiter="  ", output_file=str(Path(cfg.train.output_dir) / "training_metrics.json")
@@ -247,14 +252,15 @@ def main(args: argparse.Namespace) -> None:
     cfg = setup(args)
     torch.backends.cuda.matmul.allow_tf32 = True
     device = resolve_device(cfg.train.device)
+    # Before the networks are built: a wrong dataset string should not cost the time that takes.
+    dataset = None if args.eval_only else build_dataset(cfg)
     model = SSLMetaArch(cfg).to(device)
     model.prepare_for_distributed_training()
     logger.info("%s", model.precision.describe())
-    resume = not args.no_resume
     if args.eval_only:
-        export_only(cfg, model, resume=resume)
+        export_only(cfg, model, resume=not args.no_resume)
     else:
-        do_train(cfg, model, resume=resume)
+        do_train(cfg, model, resume=not args.no_resume, dataset=dataset)
 
 
 if __name__ == "__main__":
