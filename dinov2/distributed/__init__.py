@@ -45,12 +45,16 @@ def is_enabled() -> bool:
 
 def get_global_size() -> int:
     """Return the number of processes of the run, 1 without a group."""
-    return dist.get_world_size() if is_enabled() else 1
+    if not is_enabled():
+        return 1
+    return dist.get_world_size()
 
 
 def get_global_rank() -> int:
     """Return the index of this process among all processes of the run, 0 without a group."""
-    return dist.get_rank() if is_enabled() else 0
+    if not is_enabled():
+        return 0
+    return dist.get_rank()
 
 
 def get_local_rank() -> int:

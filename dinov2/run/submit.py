@@ -102,6 +102,7 @@ class Task:
         from dinov2.logging import setup_logging
 
         setup_logging(level=logging.INFO)  # into submitit's file, until `main` sets up the run's own
+        logging.getLogger("submitit").propagate = False  # it writes there by itself
         job = submitit.JobEnvironment()
         args = copy.deepcopy(self.args)
         args.output_dir = args.output_dir.replace(JOB_ID, str(job.job_id))

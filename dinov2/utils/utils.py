@@ -33,10 +33,8 @@ def load_pretrained_weights(model: nn.Module, pretrained_weights: str, checkpoin
 
 def fix_random_seeds(seed: int = 31) -> None:
     """Seed PyTorch (CPU and every CUDA device), NumPy and :mod:`random`."""
-    torch.manual_seed(seed)
-    torch.cuda.manual_seed_all(seed)
-    np.random.seed(seed)
-    random.seed(seed)
+    for plant in (random.seed, np.random.seed, torch.manual_seed, torch.cuda.manual_seed_all):
+        plant(seed)
 
 
 def get_sha() -> str:
