@@ -161,33 +161,3 @@ def is_square(number: int) -> bool:
     """Return whether ``number`` is the square of a positive integer."""
     return number > 0 and math.isqrt(number) ** 2 == number
 
-
-def resample_positions(
-    positions: Tensor, grid: tuple[int, int], *, offset: float = 0.1, antialias: bool = False
-) -> tuple[Tensor, str]:
-    """Resample position embeddings to another grid, as the model itself would for an image of that size.
-
-    Args:
-        positions: ``[1, 1 + M * M, D]``, the cls position first.
-        grid: Rows and columns of patches wanted.
-        offset: Not 0: sample by the scale factor of a grid enlarged by so many patches, the way the released
-            models without registers were trained. 0: sample to the exact size.
-        antialias: Smooth where the grid shrinks.
-
-    Returns:
-        ``[1, 1 + rows * columns, D]`` in the dtype of ``positions``, and how it was made, in words.
-    """
-    side = math.isqrt(positions.shape[1] - 1)
-    patches = positions[:, 1:].float().transpose(1, 2).unflatten(2, (side, side))  # [1, D, M, M]
-    if offset:
-        how = f"scale factor with offset {offset:g}"
-        scale = tuple((cells + offset) / side for cells in grid)
-        patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", antialias=antialias)
-    else:
-        how = "exact size"
-        patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=antialias)
-    resampled = torch.cat([positions[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1)
-    smoothing = "with" if antialias else "no"
-    return resampled.to(positions.dtype), (
-        f"{side}x{side} -> {grid[0]}x{grid[1]}, bicubic by {how}, {smoothing} antialias"
-    )

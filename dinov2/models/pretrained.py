@@ -6,6 +6,7 @@ error before the first weight of the model changes.
 """
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from torch import nn
 
 from dinov2.errors import WeightsError
+from dinov2.layers.pos_embed import resample_positions
 from dinov2.models.architecture import Architecture
-from dinov2.models.conversion import State, flat_name, is_square, resample_positions, to_dinov2_names
+from dinov2.models.conversion import State, flat_name, is_square, to_dinov2_names
 from dinov2.models.entries import choose_network, strip_wrappers
 from dinov2.models.head_weights import load_head
 from dinov2.models.weight_files import locate, read_file
@@ -161,10 +163,13 @@ def _fit_positions(source: str, state: State, model: nn.Module) -> tuple[State, 
             f"pos_embed in {source} has shape {tuple(positions.shape)}, which is not a square grid of "
             f"patches and a cls position: it cannot be resampled to the model's {rows}x{columns} grid."
         )
-    resampled, how = resample_positions(
-        positions, (rows, columns), offset=model.interpolate_offset, antialias=model.interpolate_antialias
-    )
-    return {**state, "pos_embed": resampled}, {"pos_embed": how}
+    offset, antialias = model.interpolate_offset, model.interpolate_antialias
+    resampled = resample_positions(positions, (rows, columns), offset=offset, antialias=antialias)
+    side = math.isqrt(positions.shape[1] - 1)
+    sampling = f"scale factor with offset {offset:g}" if offset else "exact size"
+    smoothing = "with" if antialias else "no"
+    how = f"{side}x{side} -> {rows}x{columns}, bicubic by {sampling}, {smoothing} antialias"
+    return {**state, "pos_embed": resampled.to(positions.dtype)}, {"pos_embed": how}
 
 
 def _check_tensors(source: str, state: State, own: State, allow_missing: set[str]) -> list[str]:

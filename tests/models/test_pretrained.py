@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from dinov2.errors import WeightsError
 from dinov2.layers import DINOHead, MemEffAttention, NestedTensorBlock
-from dinov2.models.conversion import flat_name, resample_positions, to_dinov2_names
+from dinov2.models.conversion import flat_name, to_dinov2_names
 from dinov2.models.pretrained import load_backbone, load_head, load_pretrained_weights, read_state_dict
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from tests.conftest import load_golden_json, load_golden_tensors
@@ -421,17 +421,6 @@ def test_positions_resampled_at_load_give_the_recorded_outputs(case):
             torch.testing.assert_close(out[entry], recorded[f"out.{run['id']}.{entry}"], rtol=1e-4, atol=1e-5)
         checked += 1
     assert checked
-
-
-@pytest.mark.parametrize("grid", [(39, 39), (43, 43), (16, 16), (16, 20), (7, 78)])
-@pytest.mark.parametrize("offset", [0.0, 0.1])
-@pytest.mark.parametrize("antialias", [False, True])
-def test_resampling_equals_that_of_the_model(grid, offset, antialias):
-    model = tiny(img_size=259, interpolate_offset=offset, interpolate_antialias=antialias)
-    resampled, _ = resample_positions(model.pos_embed, grid, offset=offset, antialias=antialias)
-    x = torch.zeros(1, 1 + grid[0] * grid[1], 24)
-    expected = model.interpolate_pos_encoding(x, grid[0] * 7, grid[1] * 7)
-    assert torch.equal(resampled, expected)
 
 
 def test_positions_that_are_no_square_grid_are_refused():

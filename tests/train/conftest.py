@@ -17,7 +17,8 @@ compute_precision:
     dino_head: {mixed_precision: {param_dtype: fp32}}
     ibot_head: {mixed_precision: {param_dtype: fp32}}
   student: *fp32
-student: {arch: vit_tiny, embed_dim: 32, depth: 2, num_heads: 2, patch_size: 8, drop_path_rate: 0.2, layerscale: 1.0}
+student: {arch: vit_tiny, embed_dim: 32, depth: 2, num_heads: 2, patch_size: 8, drop_path_rate: 0.2,
+          layerscale: 1.0}
 dino: {head_n_prototypes: 32, head_hidden_dim: 32, head_bottleneck_dim: 16}
 train: {batch_size_per_gpu: 4, num_workers: 0, OFFICIAL_EPOCH_LENGTH: 3, log_period: 1}
 teacher: {warmup_teacher_temp_epochs: 1}
