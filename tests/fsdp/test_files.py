@@ -68,7 +68,7 @@ class Unsafe:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"hello, I am text", pickle.dumps({"a": Unsafe()}), pickle.dumps([1, 2])],
+    [b"", b"hello, I am text", pickle.dumps({"a": Unsafe()}, 2), pickle.dumps([1, 2], 2)],
     ids=["empty", "text", "unsafe pickle", "list"],
 )
 def test_foreign_files_are_refused(tmp_path, content):
