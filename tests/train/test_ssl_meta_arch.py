@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from dinov2.errors import ConfigError
+from dinov2.fsdp import ShardedGradScaler
 from dinov2.train import SSLMetaArch
-from dinov2.train.input import build_collate, build_dataset
-from dinov2.train.optimizer import build_optimizer
+from dinov2.train.input import build_collate, build_data_loader, build_dataset
+from dinov2.train.optimizer import build_optimizer, clip_gradients
 from dinov2.train.precision import Precision, cpu_has_bf16, effective_dtype
 from dinov2.train.schedules import ScheduleValues
 from dinov2.train.train import train_step
@@ -164,3 +165,40 @@ def test_fp16_on_a_cpu_says_what_it_runs_in(tiny):
 def test_derived_seeds_do_not_collide():
     seeds = {derive_seed(seed, rank, step) for seed in range(4) for rank in range(8) for step in range(64)}
     assert len(seeds) == 4 * 8 * 64
+
+
+def test_a_step_skipped_by_the_gradient_scaler_moves_nothing(tiny):
+    cfg = tiny.resolve()
+    model = make(cfg)
+    model.fp16_scaler = ShardedGradScaler("cpu", init_scale=1e38)  # gradients overflow float32
+    optimizer = build_optimizer(cfg, model.get_params_groups())
+    before = copy.deepcopy(model.state_dict())
+    skipped = train_step(model, optimizer, make_batch(cfg), VALUES, clip_grad=3.0)
+    assert not skipped.stepped
+    for network in ("student", "teacher"):
+        for name, tensor in getattr(model, network).state_dict().items():
+            assert torch.equal(tensor, before[f"{network}.{name}"]), name
+    assert model.fp16_scaler.get_scale() < 1e38
+
+    model.fp16_scaler = ShardedGradScaler("cpu", init_scale=1024.0)
+    assert train_step(model, optimizer, make_batch(cfg), VALUES, clip_grad=3.0).stepped
+
+
+def test_crops_reach_the_network_in_its_own_precision(tiny):
+    cfg = tiny.resolve()
+    loader = build_data_loader(cfg, build_dataset(cfg), start_iteration=0, dtype=torch.bfloat16)
+    batch = next(iter(loader))
+    assert batch["collated_global_crops"].dtype == torch.bfloat16
+    assert batch["collated_global_crops"].shape == (8, 3, 32, 32)
+
+
+def test_clipping_is_by_submodule(tiny):
+    model = make(tiny.resolve())
+    for parameter in model.student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    norms = clip_gradients(model.student, max_norm=0.5)
+    for name, module in model.student.items():
+        count = sum(parameter.numel() for parameter in module.parameters())
+        assert norms[name].item() == pytest.approx(count**0.5)
+        clipped = sum(parameter.grad.square().sum() for parameter in module.parameters()).sqrt()
+        assert clipped.item() == pytest.approx(0.5, rel=1e-4)

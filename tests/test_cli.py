@@ -1,0 +1,67 @@
+"""A user's mistake on the command line: one sentence, exit status 1, and no torch before it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dinov2 import cli
+from dinov2.errors import ConfigError
+from tests.conftest import REPO
+
+TRAIN = str(REPO / "dinov2" / "train" / "train.py")
+
+
+def fail():
+    raise ConfigError("optim.lr is 'fast', a number is wanted.")
+
+
+def test_the_sentence_is_printed_once_per_machine(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "SILENT_RANK_DELAY_SECONDS", 0.0)
+    for local_rank, expected in (("0", "error: optim.lr is 'fast', a number is wanted.\n"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(fail)
+        assert stopped.value.code == 1
+        assert capsys.readouterr().err == expected
+
+
+def test_torchruns_report_gets_the_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit):
+        cli.run(fail)
+    report = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert report["message"] == "error: optim.lr is 'fast', a number is wanted."
+
+
+def test_our_own_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config-file", "no-such-file.yaml"], "no-such-file.yaml"),
+        (["optim.warmup_pochs=3"], "optim.warmup_epochs"),
+        (["student.num_register_tokens=0y"], "'0y'"),
+        (["student.patch_size=14"], "98"),
+    ],
+)
+def test_the_trainer_refuses_before_it_loads_torch(arguments, sentence, tmp_path):
+    shim = (
+        "import sys, runpy; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    shim += "finally: print('torch loaded:', 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", shim, TRAIN, "--output-dir", str(tmp_path / "out"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "torch loaded: False" in done.stdout
+    assert not (tmp_path / "out").exists()
