@@ -266,3 +266,36 @@ def test_a_full_disk_is_found_before_the_download(machine):
     assert (result.returncode, calls) == (1, [])
     assert "needs 7 GiB of disk space" in result.stderr
     assert "2 GiB left" in result.stderr
+
+
+RECORDER = '#!/usr/bin/env bash\necho "$(basename "$0") $*" >>"$RECORD"\n'
+
+
+def test_ci_installs_what_a_bare_machine_lacks_and_then_checks_everything(machine):
+    for name in ("basename", "id"):
+        (machine.bin / name).symlink_to(Path("/usr/bin", name))
+    for command in ("apt-get", "sudo"):
+        machine.add(command, RECORDER + '[ "$1" != env ] || "$@"\n')
+    machine.add("python3", WITHOUT_VENV)
+    for name in ("scripts/setup_env.sh", "scripts/test.sh", "scripts/quickstart.sh", ".venv/bin/ruff"):
+        path = machine.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(RECORDER)
+        path.chmod(0o755)
+    (machine.folder / ".ci").mkdir()
+    (machine.folder / ".ci" / "run").write_text((REPO / ".ci" / "run").read_text())
+    subprocess.run(
+        ["bash", str(machine.folder / ".ci" / "run")],
+        env={"PATH": str(machine.bin), "RECORD": str(machine.record)},
+        check=True,
+    )
+    recorded = [line for line in machine.record.read_text().splitlines() if not line.startswith("sudo")]
+    assert recorded == [
+        "apt-get update -qq",
+        "apt-get install -y -qq git python3 python3-venv",
+        "setup_env.sh ",
+        "ruff check .",
+        "ruff format --check .",
+        "test.sh ",
+        "quickstart.sh --short",
+    ]

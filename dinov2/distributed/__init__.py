@@ -150,7 +150,7 @@ def _export(variables: dict[str, str], overwrite: bool) -> None:
                 f"the environment variable {name} is {present!r} but the launcher gives {value!r}: unset it, "
                 "or allow overwriting"
             )
-        os.environ[name] = value
+    os.environ.update(variables)
 
 
 def collective_device() -> torch.device:

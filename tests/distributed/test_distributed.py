@@ -130,6 +130,7 @@ def test_a_set_variable_is_replaced_only_when_allowed(clean_environment):
         clean_environment.setenv(name, value)
     with pytest.raises(ConfigError, match="RANK is '0' but the launcher gives '1'"):
         distributed.enable(device="cpu")
+    assert "MASTER_ADDR" not in os.environ  # nothing is half exported
 
 
 def test_a_missing_peer_ends_in_an_error_after_the_timeout(clean_environment):
