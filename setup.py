@@ -10,6 +10,7 @@ REQUIREMENTS = [
     "torch>=2.10",
     "torchvision>=0.25",
     "omegaconf>=2.3,<2.5",
+    "fvcore>=0.1.5.post20221221",  # part of DINOv2's environment; its FLOP counter serves users' scripts
     "submitit>=1.5",
     "numpy>=1.26",
     "pillow>=10.3",

@@ -5,26 +5,31 @@ the other 500, beside the same ViT untrained. Labels are used by the judge alone
 
     python -m scripts.learn_digits --output-dir results/digits --seeds 0 1 2
 
-Writes ``digits.json`` and ``digits.svg``, the curve of accuracy and losses that docs/learning.md shows.
+Writes ``digits.json`` and ``digits.svg``, the curves that docs/learning.md shows.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from PIL import Image
 
+from dinov2 import cli
 from dinov2.configs import resolve_config
 from dinov2.data.transforms import make_normalize_transform
 from dinov2.eval.neighbors import knn_predict
 from dinov2.models import build_model_from_cfg
 from dinov2.models.pretrained import load_backbone
 from dinov2.utils.seeding import seed_everything
+from scripts.quickstart.curves import HEIGHT, WIDTH, line_chart
 
 REPO = Path(__file__).resolve().parents[1]
 RECIPE = REPO / "dinov2" / "configs" / "train" / "vit-digits.yaml"
@@ -70,7 +75,7 @@ def knn_accuracy(backbone: torch.nn.Module) -> float:
     return 100 * (scores.argmax(dim=1) == labels[NUM_TRAIN:]).float().mean().item()
 
 
-def accuracy_curve(output_dir: Path, seed: int, overrides: list[str]) -> list[tuple[int, float]]:
+def accuracy_curve(output_dir: Path, seed: int, overrides: Sequence[str]) -> list[tuple[int, float]]:
     """Return (iterations done, accuracy) for the untrained ViT and every exported teacher."""
     cfg = resolve_config(str(RECIPE), overrides)
     seed_everything(seed)
@@ -82,7 +87,7 @@ def accuracy_curve(output_dir: Path, seed: int, overrides: list[str]) -> list[tu
     return sorted(points)
 
 
-def train(data_root: Path, output_dir: Path, overrides: list[str]) -> list[dict]:
+def train(data_root: Path, output_dir: Path, overrides: Sequence[str]) -> list[dict]:
     """Run the ordinary trainer in a process of its own and return its metrics."""
     command = [sys.executable, str(REPO / "dinov2" / "train" / "train.py"), "--config-file", str(RECIPE)]
     command += [
@@ -97,21 +102,53 @@ def train(data_root: Path, output_dir: Path, overrides: list[str]) -> list[dict]
     return [json.loads(line) for line in lines]
 
 
-def run_once(folder: Path, centering: str, seed: int, extra_overrides: list[str]) -> dict:
-    """Train with one centering and seed; return the curve, the losses and the gain in points."""
+def dino_share_of_uniform(metrics: list[dict], cfg: DictConfig) -> list[tuple[int, float]]:
+    """Return (iteration, DINO loss of the global crops / its value for uniform guesses).
+
+    1 is the collapse in which student and teacher spread every picture evenly over all prototypes.
+    """
+    terms = 2 * cfg.crops.local_crops_number + 2
+    uniform = math.log(cfg.dino.head_n_prototypes) * 2 / terms
+    return [(row["iteration"], row["dino_global_crops_loss"] / uniform) for row in metrics]
+
+
+def run_once(folder: Path, centering: str, seed: int, extra_overrides: Sequence[str] = ()) -> dict:
+    """Train with one centering and seed; return the curves and the gain in points."""
     overrides = [f"train.centering={centering}", f"train.seed={seed}", *extra_overrides]
     output_dir = folder / f"{centering}_{seed}"
     metrics = train(write_training_part(folder), output_dir, overrides)
     curve = accuracy_curve(output_dir, seed, overrides)
-    kept = ("iteration", "total_loss", "dino_global_crops_loss", "dino_local_crops_loss", "ibot_loss")
     return {
         "centering": centering,
         "seed": seed,
-        "curve": curve,
+        "accuracy": curve,
         "gain": curve[-1][1] - curve[0][1],
-        "losses": [{key: row[key] for key in kept if key in row} for row in metrics],
-        "prototypes": resolve_config(str(RECIPE), overrides).dino.head_n_prototypes,
+        "dino": dino_share_of_uniform(metrics, resolve_config(str(RECIPE), overrides)),
     }
+
+
+STYLE = """
+text { font: 12px sans-serif; fill: #666 } .title { font-weight: bold } .end { text-anchor: end }
+.middle { text-anchor: middle } .grid { stroke: #8884; stroke-width: 1 }
+.line { fill: none; stroke-width: 1.6 }
+.line.series-0 { stroke: #3b76c4 } .line.series-1 { stroke: #d1762b } .line.series-2 { stroke: #3c9a5f }
+.legend.series-0 { fill: #3b76c4 } .legend.series-1 { fill: #d1762b } .legend.series-2 { fill: #3c9a5f }
+"""
+
+
+def draw(results: list[dict]) -> str:
+    """Return one SVG picture: for each centering, accuracy and DINO term over the run, a line per seed."""
+    panels = []
+    for row, centering in enumerate(dict.fromkeys(result["centering"] for result in results)):
+        runs = [result for result in results if result["centering"] == centering]
+        for column, (key, title) in enumerate((("accuracy", "20-NN %"), ("dino", "DINO loss / uniform"))):
+            lines = {f"seed {run['seed']}": tuple(zip(*run[key], strict=True)) for run in runs}
+            chart = line_chart(f"{centering}: {title}", lines, x_label="iteration", y_label=title)
+            place = f'<svg x="{column * WIDTH}" y="{row * HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+            panels.append(chart.replace("<svg ", place, 1))
+    height = HEIGHT * len(panels) // 2
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {height}">'
+    return f"{head}<style>{STYLE}</style>{''.join(panels)}</svg>\n"
 
 
 def main() -> None:
@@ -127,11 +164,16 @@ def main() -> None:
     for centering in args.centerings:
         for seed in args.seeds:
             result = run_once(args.output_dir, centering, seed, args.opts)
-            start, end = result["curve"][0][1], result["curve"][-1][1]
-            print(f"{centering:15s} seed {seed}: 20-NN {start:.1f} -> {end:.1f} % ({result['gain']:+.1f})")
+            start, end = result["accuracy"][0][1], result["accuracy"][-1][1]
+            print(
+                f"{centering:15s} seed {seed}: 20-NN {start:.1f} -> {end:.1f} % ({result['gain']:+.1f}), "
+                f"DINO term at {result['dino'][-1][1]:.3f} of uniform",
+                flush=True,
+            )
             results.append(result)
     (args.output_dir / "digits.json").write_text(json.dumps(results, indent=1))
+    (args.output_dir / "digits.svg").write_text(draw(results))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -326,6 +326,7 @@ class SSLMetaArch(nn.Module):
             if name not in self.teacher_parts_loaded:
                 self.teacher[name].load_state_dict(module.state_dict())
         if distributed.is_enabled():
+            logger.info("every process holds the whole model; sharding_strategy has no effect yet")
             for tensor in self.state_dict().values():
                 dist.broadcast(tensor, src=0)
         self.precision = Precision(self.cfg.compute_precision, self.device)

@@ -159,7 +159,10 @@ def do_train(
     write_config(cfg, cfg.train.output_dir, amend=True)
     optimizer = build_optimizer(cfg, model.get_params_groups())
     schedules = build_schedulers(cfg)
-    checkpointer, start_iteration = restore(cfg, model, optimizer, resume=resume)
+    metrics = MetricLogger(
+        delimiter="  ", output_file=str(Path(cfg.train.output_dir) / "training_metrics.json")
+    )
+    checkpointer, start_iteration = restore(cfg, model, resume=resume, optimizer=optimizer, metrics=metrics)
     max_iterations = total_iterations(cfg)
     if start_iteration >= max_iterations:
         logger.info("this run is complete: %d of %d iterations are done", start_iteration, max_iterations)
@@ -169,9 +172,6 @@ def do_train(
     logger.info("%s", describe_run_length(cfg, len(dataset), world_size))
     checkpointer.rehearse(iteration=start_iteration)
     loader = build_data_loader(cfg, dataset, start_iteration, model.precision.dtypes["student", "backbone"])
-    metrics = MetricLogger(
-        delimiter="  ", output_file=str(Path(cfg.train.output_dir) / "training_metrics.json")
-    )
     batches = metrics.log_every(
         loader,
         cfg.train.log_period,
@@ -208,17 +208,25 @@ def do_train(
 
 
 def restore(
-    cfg: DictConfig, model: SSLMetaArch, optimizer: torch.optim.Optimizer | None, *, resume: bool
+    cfg: DictConfig, model: SSLMetaArch, *, resume: bool, **state: Any
 ) -> tuple[FSDPCheckpointer, int]:
-    """Return the run's checkpointer and the iteration to start with, after loading the newest state."""
-    state = {"optimizer": optimizer} if optimizer is not None else {}
+    """Return the run's checkpointer and the iteration to start with, after loading the newest state.
+
+    Args:
+        cfg: resolved config.
+        model: networks to load into.
+        resume: look for checkpoints in the output directory; else only ``MODEL.WEIGHTS`` counts.
+        state: what a checkpoint holds beside the model, e.g. ``optimizer``.
+    """
     if model.fp16_scaler is not None:
         state["fp16_scaler"] = model.fp16_scaler
     checkpointer = FSDPCheckpointer(
         model, cfg.train.output_dir, max_to_keep=cfg.checkpointing.max_to_keep, **state
     )
+    continues = resume and checkpointer.has_checkpoint()
     loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    return checkpointer, loaded.get("iteration", -1) + 1
+    is_new_run = optimizer is not None and not continues
+    return checkpointer, 0 if is_new_run else loaded.get("iteration", -1) + 1
 
 
 def save_if_due(
@@ -238,7 +246,7 @@ def save_if_due(
 
 def export_only(cfg: DictConfig, model: SSLMetaArch, *, resume: bool) -> None:
     """Export the newest checkpoint (or MODEL.WEIGHTS) to ``eval/manual_<iterations done>``."""
-    _, iterations_done = restore(cfg, model, optimizer=None, resume=resume)
+    _, iterations_done = restore(cfg, model, resume=resume)
     if iterations_done == 0:
         raise WeightsError(
             f"--eval-only found no checkpoint in {cfg.train.output_dir!r} and MODEL.WEIGHTS is empty; "
@@ -250,6 +258,8 @@ def export_only(cfg: DictConfig, model: SSLMetaArch, *, resume: bool) -> None:
 def main(args: argparse.Namespace) -> None:
     """Run what the parsed command line asks for."""
     cfg = setup(args)
+    if args.eval:
+        logger.warning('--eval "%s" has no effect: --eval-only exports a checkpoint', args.eval)
     torch.backends.cuda.matmul.allow_tf32 = True
     device = resolve_device(cfg.train.device)
     # Before the networks are built: a wrong dataset string should not cost the time that takes.

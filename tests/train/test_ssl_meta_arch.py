@@ -12,7 +12,7 @@ from dinov2.train.input import build_collate, build_data_loader, build_dataset
 from dinov2.train.optimizer import build_optimizer, clip_gradients
 from dinov2.train.precision import Precision, cpu_has_bf16, effective_dtype
 from dinov2.train.schedules import ScheduleValues
-from dinov2.train.train import train_step
+from dinov2.train.train import NonFiniteLossError, train_step
 from dinov2.utils.seeding import derive_seed, seed_everything
 
 VALUES = ScheduleValues(lr=1e-3, weight_decay=0.04, momentum=0.9, teacher_temp=0.05, last_layer_lr=1e-3)
@@ -182,6 +182,24 @@ def test_a_step_skipped_by_the_gradient_scaler_moves_nothing(tiny):
 
     model.fp16_scaler = ShardedGradScaler("cpu", init_scale=1024.0)
     assert train_step(model, optimizer, make_batch(cfg), VALUES, clip_grad=3.0).stepped
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_stops_before_weights_move(tiny, value):
+    cfg = tiny.resolve()
+    model = make(cfg)
+    optimizer = build_optimizer(cfg, model.get_params_groups())
+    before = copy.deepcopy(model.state_dict())
+    model.student["dino_head"].mlp[0].bias.register_hook(lambda gradient: torch.full_like(gradient, value))
+    with pytest.raises(NonFiniteLossError, match=f"a gradient norm is not finite .*dino_head {value}"):
+        train_step(model, optimizer, make_batch(cfg), VALUES, clip_grad=3.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_largest_mask_is_half_the_patches(tiny):
+    # 98 px at patch 14 are 49 patches; DINOv2 rounds twice on the way and arrives at 21.
+    cfg = tiny.resolve("crops.global_crops_size=98", "student.patch_size=14", "crops.local_crops_size=28")
+    assert build_collate(cfg).keywords["mask_generator"].max_num_patches == 24.5
 
 
 def test_crops_reach_the_network_in_its_own_precision(tiny):

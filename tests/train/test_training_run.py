@@ -116,11 +116,33 @@ def test_eval_only_without_a_checkpoint_is_refused(tiny, tmp_path):
         tiny.start(tmp_path / "empty", options=("--eval-only",))
 
 
-def test_backbone_and_heads_of_an_earlier_run_are_kept_apart(tiny, tmp_path):
+def test_model_weights_start_a_new_run_at_iteration_0(tiny, tmp_path):
     tiny.start(tmp_path / "first", "optim.max_iterations=3")
+    weights = tmp_path / "first" / "model_final.rank_0.pth"
+    still = ("optim.max_iterations=1", f"MODEL.WEIGHTS={weights}")  # step 0 of the warm-up moves nothing
+    tiny.start(tmp_path / "second", *still)
+    assert [row["iteration"] for row in metrics(tmp_path / "second")] == [0]
+    first, second = load(weights), load(tmp_path / "second" / "model_final.rank_0.pth")
+    assert (first["iteration"], second["iteration"]) == (2, 0)
+    for name, tensor in first["model"].items():
+        if name.startswith("student."):
+            assert torch.equal(tensor, second["model"][name]), name
+    tiny.start(tmp_path / "export", *still, options=("--eval-only",))
+    assert (tmp_path / "export" / "eval" / "manual_3" / "teacher_checkpoint.pth").is_file()
+
+
+def test_the_option_eval_of_old_scripts_warns(tiny, tmp_path):
+    tiny.start(tmp_path, "optim.max_iterations=1", options=("--eval", "knn"))
+    assert '--eval "knn" has no effect' in (tmp_path / "logs" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("separate_head", [False, True], ids=["shared", "separate"])
+def test_backbone_and_heads_of_an_earlier_run_are_kept_apart(tiny, tmp_path, separate_head):
+    head = f"ibot.separate_head={separate_head}"
+    tiny.start(tmp_path / "first", "optim.max_iterations=3", head)
     exports = tmp_path / "first" / "eval" / "training_2"
     cfg = tiny.resolve(
-        f"student.pretrained_weights={exports / 'teacher_checkpoint.pth'}", f"head.head_path={exports}"
+        f"student.pretrained_weights={exports / 'teacher_checkpoint.pth'}", f"head.head_path={exports}", head
     )
     model = SSLMetaArch(cfg)
     model.prepare_for_distributed_training()
@@ -129,9 +151,10 @@ def test_backbone_and_heads_of_an_earlier_run_are_kept_apart(tiny, tmp_path):
         assert torch.equal(tensor, teacher["teacher"][f"backbone.{name}"]), name
         assert torch.equal(tensor, model.teacher["backbone"].state_dict()[name]), name
     for network, content in (("student", student["student"]), ("teacher", teacher["teacher"])):
-        for name, tensor in getattr(model, network)["dino_head"].state_dict().items():
-            assert torch.equal(tensor, content[f"dino_head.{name}"]), (network, name)
-    apart = "dino_head.mlp.0.weight"
+        for part in ("dino_head", "ibot_head") if separate_head else ("dino_head",):
+            for name, tensor in getattr(model, network)[part].state_dict().items():
+                assert torch.equal(tensor, content[f"{part}.{name}"]), (network, part, name)
+    apart = "ibot_head.mlp.0.weight" if separate_head else "dino_head.mlp.0.weight"
     assert not torch.equal(student["student"][apart], teacher["teacher"][apart])
 
 
