@@ -210,7 +210,7 @@ def do_train(
 def restore(
     cfg: DictConfig, model: SSLMetaArch, *, resume: bool, **state: Any
 ) -> tuple[FSDPCheckpointer, int]:
-    """Return the run's checkpointer and the iteration to start with, after loading the newest state.
+    """Return the run's checkpointer and the number of iterations done, after loading the newest state.
 
     Args:
         cfg: resolved config.
@@ -225,7 +225,8 @@ def restore(
     )
     continues = resume and checkpointer.has_checkpoint()
     loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    is_new_run = optimizer is not None and not continues
+    # The weights of MODEL.WEIGHTS alone begin a run; only an export takes over their count.
+    is_new_run = "optimizer" in state and not continues
     return checkpointer, 0 if is_new_run else loaded.get("iteration", -1) + 1
 
 
