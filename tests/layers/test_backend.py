@@ -69,6 +69,13 @@ def test_xformers_that_cannot_serve_is_refused(monkeypatch, available, enabled, 
         attend(*_qkv(), backend="xformers")
 
 
+def test_installed_xformers_is_left_alone_by_cpu_tensors(monkeypatch):
+    monkeypatch.setattr(backend_module, "XFORMERS_AVAILABLE", True)
+    monkeypatch.setattr(backend_module, "XFORMERS_ENABLED", True)
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)  # importing it would fail
+    torch.testing.assert_close(attend(*_qkv()), attend(*_qkv(), backend="math"), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -169,6 +169,18 @@ def test_center_update_takes_effect_at_the_next_targets():
     torch.testing.assert_close(probs, torch.softmax(logits * 0.5 / 0.1, dim=-1))
 
 
+@pytest.mark.parametrize("loss_class", [DINOLoss, iBOTPatchLoss])
+def test_center_statistics_of_half_precision_logits_are_float32(loss_class):
+    # In float16 the sum of these rows is inf; in bfloat16 it stops growing at 256.
+    logits = torch.full((1, 1000, 3), 100.0)
+    for dtype in (torch.float16, torch.bfloat16):
+        loss_fn = loss_class(3, center_momentum=0.0)
+        loss_fn.update_center(logits.to(dtype) if loss_class is iBOTPatchLoss else logits[0].to(dtype))
+        assert loss_fn.async_batch_center.dtype == torch.float32
+        loss_fn.apply_center_update()
+        torch.testing.assert_close(loss_fn.center.flatten(), torch.full((3,), 100.0))
+
+
 def test_koleo_by_hand_on_two_rows():
     # Two orthogonal unit vectors: each is the other's neighbour at distance sqrt(2).
     loss = KoLeoLoss()(torch.eye(2) * 5.0)

@@ -385,8 +385,9 @@ class TestStochasticDepth:
     def test_rates(self):
         growing = _small(drop_path_rate=0.3)
         assert [block.sample_drop_ratio for block in growing.blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3])
-        uniform = _small(drop_path_rate=0.3, drop_path_uniform=True)
-        assert [block.sample_drop_ratio for block in uniform.blocks] == [0.3] * 4
+        for uniform in (True, 1):
+            model = _small(drop_path_rate=0.3, drop_path_uniform=uniform)
+            assert [block.sample_drop_ratio for block in model.blocks] == [0.3] * 4
 
     @pytest.mark.parametrize("as_list", [False, True])
     def test_expectation_is_preserved(self, as_list):
