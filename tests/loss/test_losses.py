@@ -62,6 +62,16 @@ def test_ibot_sinkhorn_reproduces_recorded_targets_and_leaves_the_count_alone(ca
     assert count.tolist() == [case["n_masked"]]
 
 
+def test_ibot_sinkhorn_reduces_a_copy_of_the_count(monkeypatch):
+    monkeypatch.setattr(
+        "dinov2.distributed.all_reduce_sum_", lambda tensor: tensor.mul_(2)
+    )  # two equal ranks
+    for dtype in (torch.int64, torch.float32):
+        count = torch.tensor([4], dtype=dtype)
+        iBOTPatchLoss(3).sinkhorn_knopp_teacher(torch.eye(4, 3), 0.1, n_masked_patches_tensor=count)
+        assert count.tolist() == [4]
+
+
 @pytest.mark.parametrize("case", cases("ibot_centering"))
 def test_ibot_loss_with_centering_reproduces_recorded_steps(case, recorded):
     loss_fn = iBOTPatchLoss(case["out_dim"], case["student_temp"], case["center_momentum"])
