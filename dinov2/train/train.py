@@ -20,7 +20,7 @@ import argparse
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -162,7 +162,9 @@ def do_train(
     metrics = MetricLogger(
         delimiter="  ", output_file=str(Path(cfg.train.output_dir) / "training_metrics.json")
     )
-    checkpointer, start_iteration = restore(cfg, model, resume=resume, optimizer=optimizer, metrics=metrics)
+    restored = restore(cfg, model, resume=resume, optimizer=optimizer, metrics=metrics)
+    # The weights of MODEL.WEIGHTS begin a new run, whatever count of iterations stands in the file.
+    start_iteration = restored.iterations_done if restored.continues else 0
     max_iterations = total_iterations(cfg)
     if start_iteration >= max_iterations:
         logger.info("this run is complete: %d of %d iterations are done", start_iteration, max_iterations)
@@ -170,7 +172,7 @@ def do_train(
 
     world_size = distributed.get_global_size()
     logger.info("%s", describe_run_length(cfg, len(dataset), world_size))
-    checkpointer.rehearse(iteration=start_iteration)
+    restored.checkpointer.rehearse(iteration=start_iteration)
     loader = build_data_loader(cfg, dataset, start_iteration, model.precision.dtypes["student", "backbone"])
     batches = metrics.log_every(
         loader,
@@ -201,16 +203,22 @@ def do_train(
             **{"total_loss": result.losses["total_loss"], **result.losses},
             **{f"grad_norm_{name}": norm for name, norm in result.grad_norms.items()},
         )
-        save_if_due(cfg, model, checkpointer, iteration, is_last=iteration == max_iterations - 1)
+        save_if_due(cfg, model, restored.checkpointer, iteration, is_last=iteration == max_iterations - 1)
 
     metrics.synchronize_between_processes()
     return {name: meter.global_avg for name, meter in metrics.meters.items()}
 
 
-def restore(
-    cfg: DictConfig, model: SSLMetaArch, *, resume: bool, **state: Any
-) -> tuple[FSDPCheckpointer, int]:
-    """Return the run's checkpointer and the number of iterations done, after loading the newest state.
+class Restored(NamedTuple):
+    """What a run starts from."""
+
+    checkpointer: FSDPCheckpointer
+    continues: bool  # from a checkpoint in the output directory
+    iterations_done: int  # by the run that wrote what was loaded; 0 if nothing was
+
+
+def restore(cfg: DictConfig, model: SSLMetaArch, *, resume: bool, **state: Any) -> Restored:
+    """Load the newest state of the output directory, else the weights of ``MODEL.WEIGHTS``, if any.
 
     Args:
         cfg: resolved config.
@@ -225,9 +233,7 @@ def restore(
     )
     continues = resume and checkpointer.has_checkpoint()
     loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    # The weights of MODEL.WEIGHTS alone begin a run; only an export takes over their count.
-    is_new_run = "optimizer" in state and not continues
-    return checkpointer, 0 if is_new_run else loaded.get("iteration", -1) + 1
+    return Restored(checkpointer, continues, loaded.get("iteration", -1) + 1)
 
 
 def save_if_due(
@@ -247,13 +253,13 @@ def save_if_due(
 
 def export_only(cfg: DictConfig, model: SSLMetaArch, *, resume: bool) -> None:
     """Export the newest checkpoint (or MODEL.WEIGHTS) to ``eval/manual_<iterations done>``."""
-    _, iterations_done = restore(cfg, model, resume=resume)
-    if iterations_done == 0:
+    restored = restore(cfg, model, resume=resume)
+    if not (restored.continues or cfg.MODEL.WEIGHTS):
         raise WeightsError(
             f"--eval-only found no checkpoint in {cfg.train.output_dir!r} and MODEL.WEIGHTS is empty; "
             "name the output directory of a run, or a checkpoint file with MODEL.WEIGHTS=..."
         )
-    do_test(cfg, model, f"manual_{iterations_done}")
+    do_test(cfg, model, f"manual_{restored.iterations_done}")
 
 
 def main(args: argparse.Namespace) -> None:
