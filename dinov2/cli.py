@@ -10,22 +10,30 @@ from typing import Any
 
 from dinov2.errors import UserError
 
-# torchrun stops every process as soon as one fails. The others wait this long, so that the one that
-# speaks has spoken before it is stopped.
-SILENT_RANK_DELAY_SECONDS = 2.0
+# Most mistakes are found by every process alike. The first one of a machine speaks at once; the others give
+# it this long, after which a launcher has stopped them. One that is still there was alone with its problem.
+OTHER_RANKS_DELAY_SECONDS = 5.0
 
 
 def run(main: Callable[..., Any], *args: Any) -> None:
-    """Call ``main(*args)``; on :class:`UserError` print its text once per machine and exit with status 1."""
+    """Call ``main(*args)``; on :class:`UserError` print its text and exit with status 1."""
     try:
         main(*args)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
-            time.sleep(SILENT_RANK_DELAY_SECONDS)
-        else:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            _tell_torchrun(str(error))
+            time.sleep(OTHER_RANKS_DELAY_SECONDS)
+        text = _sentence(error)
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        _tell_torchrun(text)
         sys.exit(1)
+
+
+def _sentence(error: UserError) -> str:
+    """Return the error's text; one that a loader's worker passed on carries a traceback in front of it."""
+    text = str(error)
+    if "Original Traceback" not in text:
+        return text
+    return text.strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
 
 
 def _tell_torchrun(text: str) -> None:

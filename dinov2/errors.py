@@ -20,6 +20,10 @@ class DatasetError(UserError, ValueError):
     """A dataset string, a folder or an index does not describe usable data."""
 
 
+class ImageReadError(DatasetError, RuntimeError):
+    """An image file cannot be read or decoded."""
+
+
 class WeightsError(UserError, RuntimeError):
     """A weight file cannot be read or does not fit the model."""
 

@@ -25,10 +25,11 @@ from PIL import Image
 from dinov2 import cli
 from dinov2.configs import resolve_config
 from dinov2.data.transforms import make_normalize_transform
+from dinov2.errors import OutputError
 from dinov2.eval.neighbors import knn_predict
-from dinov2.models import build_model_from_cfg
 from dinov2.models.pretrained import load_backbone
-from dinov2.utils.seeding import seed_everything
+from dinov2.train import SSLMetaArch
+from dinov2.utils.utils import fix_random_seeds
 from scripts.quickstart.curves import HEIGHT, WIDTH, line_chart
 
 REPO = Path(__file__).resolve().parents[1]
@@ -88,9 +89,8 @@ def knn_accuracy(backbone: torch.nn.Module) -> float:
 
 def accuracy_curve(output_dir: Path, seed: int, overrides: Sequence[str]) -> list[tuple[int, float]]:
     """Return (iterations done, accuracy) for the untrained ViT and every exported teacher."""
-    cfg = resolve_config(str(RECIPE), overrides)
-    seed_everything(seed)
-    backbone, _ = build_model_from_cfg(cfg, only_teacher=True)
+    fix_random_seeds(seed)  # as the trainer does before it builds the networks
+    backbone = SSLMetaArch(resolve_config(str(RECIPE), overrides)).student["backbone"]
     points = [(0, knn_accuracy(backbone))]
     for file in output_dir.glob("eval/training_*/teacher_checkpoint.pth"):
         load_backbone(backbone, str(file), entry="teacher")
@@ -100,6 +100,8 @@ def accuracy_curve(output_dir: Path, seed: int, overrides: Sequence[str]) -> lis
 
 def train(data_root: Path, output_dir: Path, overrides: Sequence[str]) -> list[dict]:
     """Run the ordinary trainer in a process of its own and return its metrics."""
+    if output_dir.exists():
+        raise OutputError(f"{output_dir} holds an earlier run; name another --output-dir or delete it.")
     command = [sys.executable, str(REPO / "dinov2" / "train" / "train.py"), "--config-file", str(RECIPE)]
     command += [
         "--output-dir",

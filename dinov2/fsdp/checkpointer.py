@@ -98,13 +98,26 @@ class FSDPCheckpointer:
         probe = Path(self.save_dir, "rehearsal")
         files.write_atomically(probe, lambda file: file.write(b"can be written"))
         probe.unlink()
-        needed = sum(tensor.nbytes for tensor in tensors(state)) / 2**20
+        needed = (sum(tensor.nbytes for tensor in tensors(state)) + self._moments_to_come()) / 2**20
         free = shutil.disk_usage(self.save_dir).free / 2**20
         if free < needed:
             raise OutputError(
                 f"a checkpoint takes {needed:.0f} MiB but {self.save_dir} has only {free:.0f} MiB left: free "
                 "some space or choose another --output-dir"
             )
+
+    def _moments_to_come(self) -> int:
+        """Bytes that optimizers without a step yet will add: Adam's two moments per parameter."""
+        optimizers = [
+            value for value in self.checkpointables.values() if isinstance(value, torch.optim.Optimizer)
+        ]
+        return sum(
+            2 * parameter.nbytes
+            for optimizer in optimizers
+            if not optimizer.state
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        )
 
     def has_checkpoint(self) -> bool:
         """Return whether there is something to resume from."""

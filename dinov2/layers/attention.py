@@ -59,9 +59,7 @@ class Attention(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def forward(
-        self, x: Tensor, is_causal: bool = False, *, attn_bias: PackedLayout | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, is_causal: bool = False, *, attn_bias: PackedLayout | None = None) -> Tensor:
         """Mix tokens within each sequence.
 
         Args:

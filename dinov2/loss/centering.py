@@ -12,9 +12,7 @@ from dinov2 import distributed
 
 
 @torch.no_grad()
-def sinkhorn_knopp(
-    logits: Tensor, temperature: float, num_rows_global: Tensor | int | None = None, n_iterations: int = 3
-) -> Tensor:
+def sinkhorn_knopp(logits: Tensor, temperature: float, n_iterations: int = 3) -> Tensor:
     """Assign rows to prototypes so that every prototype receives the same share of all rows.
 
     The matrix exp(logits / temperature) is scaled alternately to equal prototype sums and to unit row sums
@@ -22,37 +20,34 @@ def sinkhorn_knopp(
     as ``E * prototype_scale * row_scale`` with E computed once, so an iteration is two matrix-vector
     products. E has each row's own maximum taken out, and the weight this removes is the first
     ``row_scale``: the result is that of the plain definition, but no entry overflows and no row vanishes.
+    The numbers of rows and of prototypes by which the definition divides cancel out of the result.
 
     Args:
         logits: [n, K] teacher scores of this rank; n may be 0 when other ranks have rows.
         temperature: teacher temperature, > 0.
-        num_rows_global: rows over all ranks; counted here when None.
         n_iterations: rounds of scaling, >= 1.
 
     Returns:
         [n, K] float32 targets; each row sums to 1.
     """
     scaled = logits.float() / temperature
-    num_rows, num_prototypes = scaled.shape
-    if num_rows_global is None:
-        num_rows_global = torch.tensor(float(num_rows), device=scaled.device)
-        distributed.all_reduce_sum_(num_rows_global)
-
-    row_max = scaled.amax(dim=1) if num_rows else scaled.new_empty(0)
-    global_max = row_max.max() if num_rows else scaled.new_tensor(float("-inf"))
+    has_rows = len(scaled) > 0
+    row_max = scaled.amax(dim=1) if has_rows else scaled.new_empty(0)
+    global_max = row_max.max() if has_rows else scaled.new_full((), float("-inf"))
     distributed.all_reduce_max_(global_max)
 
     kernel = (scaled - row_max[:, None]).exp()
     row_scale = (row_max - global_max).exp()
     tiny = torch.finfo(torch.float32).tiny
-    prototype_scale = scaled.new_ones(num_prototypes)
+    prototype_scale = scaled.new_ones(scaled.shape[1])
     for _ in range(n_iterations):
         prototype_sums = kernel.T @ row_scale
         distributed.all_reduce_sum_(prototype_sums)
-        # A prototype whose every entry underflowed stays at zero instead of turning into 0 * inf.
-        prototype_scale = 1.0 / (prototype_sums.clamp_min(tiny) * num_prototypes)
-        row_scale = 1.0 / ((kernel @ prototype_scale).clamp_min(tiny) * num_rows_global)
-    return kernel.mul_(prototype_scale).mul_((row_scale * num_rows_global)[:, None])
+        # A prototype whose every entry underflowed stays at zero instead of turning into 0 * inf. Dividing
+        # by K keeps the scale of a prototype that few rows want within range.
+        prototype_scale = 1.0 / (prototype_sums.clamp_min(tiny) * len(prototype_sums))
+        row_scale = 1.0 / (kernel @ prototype_scale).clamp_min(tiny)
+    return kernel.mul_(prototype_scale).mul_(row_scale[:, None])
 
 
 class CenteredLoss(nn.Module):

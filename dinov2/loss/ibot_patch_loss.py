@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from dinov2 import distributed
 from dinov2.loss.centering import CenteredLoss, sinkhorn_knopp, soft_cross_entropy
 
 
@@ -28,7 +27,7 @@ class iBOTPatchLoss(CenteredLoss):
         self,
         teacher_output: Tensor,
         teacher_temp: float,
-        n_masked_patches_tensor: Tensor,
+        n_masked_patches_tensor: Tensor | None = None,
         n_iterations: int = 3,
     ) -> Tensor:
         """Return float32 targets [M, K] from logits [M, K], balanced over the masked patches of all ranks.
@@ -36,12 +35,10 @@ class iBOTPatchLoss(CenteredLoss):
         Args:
             teacher_output: [M, K] logits of this rank's masked patches.
             teacher_temp: teacher temperature, > 0.
-            n_masked_patches_tensor: [1] number M on this rank; not changed.
+            n_masked_patches_tensor: [1] number M on this rank; it cancels out of the targets and is not read.
             n_iterations: rounds of scaling, >= 1.
         """
-        total = n_masked_patches_tensor.to(torch.float32, copy=True)
-        distributed.all_reduce_sum_(total)
-        return sinkhorn_knopp(teacher_output, teacher_temp, total, n_iterations)
+        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations)
 
     def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor):
         """Return the loss for dense [G, N, K] logits and targets and a [G, N] bool mask.

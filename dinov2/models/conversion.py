@@ -160,4 +160,3 @@ CONVERSIONS: dict[str, Callable[[State], State]] = {
 def is_square(number: int) -> bool:
     """Return whether ``number`` is the square of a positive integer."""
     return number > 0 and math.isqrt(number) ** 2 == number
-

@@ -12,6 +12,7 @@ from dinov2 import distributed
 from dinov2.data import DataAugmentationDINO, MaskingGenerator, collate_data_and_cast, make_dataset
 from dinov2.data.samplers import InfiniteSampler, ShardedInfiniteSampler
 from dinov2.data.workers import seed_worker
+from dinov2.utils.device import resolve_device
 from dinov2.utils.seeding import seed_everything
 
 
@@ -122,7 +123,7 @@ def build_data_loader(
         sampler=PositionSampler(sampler, first_position),
         batch_size=cfg.train.batch_size_per_gpu,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=resolve_device(cfg.train.device).type == "cuda",
         drop_last=True,
         persistent_workers=num_workers > 0,
         collate_fn=build_collate(cfg, dtype),

@@ -34,6 +34,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace gradients by their mean over ranks; nothing to do without a process group."""
     if not distributed.is_enabled():
         return
+    # Every rank runs the same networks on every step, so a parameter without a gradient has none anywhere.
     bucket: list[Tensor] = []
     elements = 0
     for parameter in parameters:

@@ -57,6 +57,12 @@ class Precision:
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     @property
+    def input_dtype(self) -> torch.dtype:
+        """The format of the crops: the backbones' if they share one (autocast would round to it), else fp32."""
+        student, teacher = self.dtypes["student", "backbone"], self.dtypes["teacher", "backbone"]
+        return student if student == teacher else torch.float32
+
+    @property
     def needs_grad_scaler(self) -> bool:
         """True if a student network runs in fp16, whose small gradients would vanish unscaled."""
         return any(self.dtypes["student", part] == torch.float16 for part in PARTS)

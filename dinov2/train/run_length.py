@@ -22,7 +22,7 @@ def settle_run_length(cfg: DictConfig, dataset_length: int, world_size: int) -> 
         world_size: number of processes.
 
     Raises:
-        ConfigError: if the warm-up does not fit into the run.
+        ConfigError: if the warm-up or the freezing of the last layer does not fit into the run.
     """
     images_per_iteration = cfg.train.batch_size_per_gpu * world_size
     images = cfg.optim.max_images
@@ -31,13 +31,17 @@ def settle_run_length(cfg: DictConfig, dataset_length: int, world_size: int) -> 
     if images is not None:
         cfg.optim.max_iterations = max(1, math.ceil(images / images_per_iteration))
         cfg.optim.max_images = cfg.optim.max_passes = None
-    warmup = cfg.optim.warmup_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
-    if warmup > total_iterations(cfg):
-        raise ConfigError(
-            f"The warm-up of {warmup} iterations (optim.warmup_epochs {cfg.optim.warmup_epochs} x "
-            f"train.OFFICIAL_EPOCH_LENGTH {cfg.train.OFFICIAL_EPOCH_LENGTH}) is longer than the run of "
-            f"{total_iterations(cfg)} iterations; lower optim.warmup_epochs or lengthen the run."
-        )
+    for key, what in (
+        ("warmup_epochs", "warm-up"),
+        ("freeze_last_layer_epochs", "freezing of the last layer"),
+    ):
+        iterations = cfg.optim[key] * cfg.train.OFFICIAL_EPOCH_LENGTH
+        if iterations > total_iterations(cfg):
+            raise ConfigError(
+                f"The {what} of {iterations} iterations (optim.{key} {cfg.optim[key]} x "
+                f"train.OFFICIAL_EPOCH_LENGTH {cfg.train.OFFICIAL_EPOCH_LENGTH}) is longer than the run of "
+                f"{total_iterations(cfg)} iterations; lower optim.{key} or lengthen the run."
+            )
 
 
 def describe_run_length(cfg: DictConfig, dataset_length: int, world_size: int) -> str:

@@ -204,7 +204,8 @@ class SSLMetaArch(nn.Module):
         cls_logits, patch_logits = self._project("student", torch.cat([global_cls, *local_cls]), patch_tokens)
         global_logits, local_logits = None, None
         if self.do_dino:
-            global_logits, local_logits = cls_logits.tensor_split([len(global_cls)])
+            global_logits = cls_logits[: len(global_cls)]
+            local_logits = cls_logits[len(global_cls) :] if local_cls else None
         return StudentOutputs(global_cls, global_logits, local_logits, patch_logits)
 
     def combine_losses(self, batch: Batch, targets: TeacherTargets, outputs: StudentOutputs) -> Losses:
@@ -271,8 +272,7 @@ class SSLMetaArch(nn.Module):
 
     def _assign_patches(self, logits: Tensor, teacher_temp: float) -> Tensor:
         if self.cfg.train.centering == "sinkhorn_knopp":
-            num_masked = torch.tensor([len(logits)], device=logits.device)
-            return self.ibot_patch_loss.sinkhorn_knopp_teacher(logits, teacher_temp, num_masked)
+            return self.ibot_patch_loss.sinkhorn_knopp_teacher(logits, teacher_temp)
         targets = self.ibot_patch_loss.softmax_center_teacher(logits[None], teacher_temp)[0]
         self.ibot_patch_loss.update_center(logits[None])
         return targets

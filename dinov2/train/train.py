@@ -58,6 +58,9 @@ __all__ = [
 
 logger = logging.getLogger("dinov2")
 
+# From its first value of 65536 the scaler reaches 1 in 16 halvings; beyond, the gradients themselves are bad.
+MAX_SKIPPED_STEPS = 24
+
 
 class NonFiniteLossError(UserError, FloatingPointError):
     """A loss or gradient is inf or NaN; raised on every rank before any weight has moved."""
@@ -84,11 +87,11 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
 
     losses = model.compute_losses(images, values.teacher_temp)
-    reduced = reduce_losses({**losses.logged, "total_loss": losses.total.detach()})
-    _require_finite(reduced, "loss")
-
     model.backprop_loss(losses.total)
     average_gradients(model.student.parameters())
+    # Read only now: waiting for the values before the backward pass would leave a GPU idle.
+    reduced = reduce_losses({**losses.logged, "total_loss": losses.total.detach()})
+    _require_finite(reduced, "loss")
     if model.fp16_scaler is not None:
         model.fp16_scaler.unscale_(optimizer)
     norms = {name: norm.item() for name, norm in clip_gradients(model.student, clip_grad).items()}
@@ -156,7 +159,7 @@ def do_train(
     model.train()
     dataset = build_dataset(cfg) if dataset is None else dataset
     settle_run_length(cfg, len(dataset), distributed.get_global_size())
-    write_config(cfg, cfg.train.output_dir, amend=True)
+    write_config(cfg, cfg.train.output_dir)
     optimizer = build_optimizer(cfg, model.get_params_groups())
     schedules = build_schedulers(cfg)
     metrics = MetricLogger(
@@ -173,7 +176,7 @@ def do_train(
     world_size = distributed.get_global_size()
     logger.info("%s", describe_run_length(cfg, len(dataset), world_size))
     restored.checkpointer.rehearse(iteration=start_iteration)
-    loader = build_data_loader(cfg, dataset, start_iteration, model.precision.dtypes["student", "backbone"])
+    loader = build_data_loader(cfg, dataset, start_iteration, model.precision.input_dtype)
     batches = metrics.log_every(
         loader,
         cfg.train.log_period,
@@ -182,12 +185,16 @@ def do_train(
         start_iteration,
         images_per_iteration=cfg.train.batch_size_per_gpu * world_size,
     )
+    skipped_in_a_row = 0
     for iteration, images in enumerate(batches, start=start_iteration):
         # The step's own randomness (stochastic depth) depends on where the run stands, not on its history.
         seed_everything(cfg.train.seed, distributed.get_global_rank(), iteration)
         values = schedules.at(iteration)
         try:
             result = train_step(model, optimizer, images, values, cfg.optim.clip_grad)
+            skipped_in_a_row = 0 if result.stepped else skipped_in_a_row + 1
+            if skipped_in_a_row == MAX_SKIPPED_STEPS:
+                raise NonFiniteLossError(f"gradients overflowed fp16 in {MAX_SKIPPED_STEPS} steps in a row")
         except NonFiniteLossError as error:
             raise NonFiniteLossError(
                 f"Iteration {iteration}: {error}; no weights were changed by it. Resume from the last "
@@ -200,6 +207,7 @@ def do_train(
             last_layer_lr=values.last_layer_lr,
             current_batch_size=float(images["collated_global_crops"].shape[0]) / 2,
             teacher_temp=values.teacher_temp,
+            skipped_steps=float(not result.stepped),
             **{"total_loss": result.losses["total_loss"], **result.losses},
             **{f"grad_norm_{name}": norm for name, norm in result.grad_norms.items()},
         )
@@ -264,7 +272,7 @@ def export_only(cfg: DictConfig, model: SSLMetaArch, *, resume: bool) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Run what the parsed command line asks for."""
-    cfg = setup(args)
+    cfg = setup(args, write=False)  # do_train writes it, once the length of the run is settled
     if args.eval:
         logger.warning('--eval "%s" has no effect: --eval-only exports a checkpoint', args.eval)
     torch.backends.cuda.matmul.allow_tf32 = True

@@ -21,7 +21,7 @@ from dinov2.errors import ConfigError, OutputError
 logger = logging.getLogger("dinov2")
 
 
-def setup(args: argparse.Namespace, *, keep_existing_config: bool = False) -> DictConfig:
+def setup(args: argparse.Namespace, *, keep_existing_config: bool = False, write: bool = True) -> DictConfig:
     """Make everything ready for a run and return its config, with ``optim.lr`` derived.
 
     Args:
@@ -29,6 +29,7 @@ def setup(args: argparse.Namespace, *, keep_existing_config: bool = False) -> Di
             ``output_dir`` becomes an absolute path; nothing else is changed.
         keep_existing_config: Leave a differing ``config.yaml`` of an earlier run in its place and write
             beside it. For evaluations, which may write into the folder of a training run.
+        write: False leaves writing ``config.yaml`` to the caller, who still changes the config.
 
     Raises:
         ConfigError: The configuration or the launcher's environment is wrong.
@@ -40,7 +41,8 @@ def setup(args: argparse.Namespace, *, keep_existing_config: bool = False) -> Di
     default_setup(args, seed=cfg.train.seed, device=cfg.train.device)
     resolution.log()
     apply_scaling_rules_to_cfg(cfg)
-    write_config(cfg, args.output_dir, keep_existing=keep_existing_config)
+    if write:
+        write_config(cfg, args.output_dir, keep_existing=keep_existing_config)
     return cfg
 
 
@@ -122,7 +124,6 @@ def write_config(
     name: str = "config.yaml",
     *,
     keep_existing: bool = False,
-    amend: bool = False,
 ) -> str:
     """Write the config, from the main process only, and return the path of the file.
 
@@ -134,7 +135,6 @@ def write_config(
         output_dir: An existing folder.
         name: Name of the file in it.
         keep_existing: See above.
-        amend: The file is this run's own; it is replaced without a copy.
 
     Raises:
         OutputError: The folder cannot be written.
@@ -146,7 +146,7 @@ def write_config(
         return str(path)
     text = OmegaConf.to_yaml(cfg)
     try:
-        if path.exists() and not amend:
+        if path.exists():
             path = _make_room(path, text, keep_existing)
         _write_atomically(path, text)
     except OSError as error:

@@ -147,6 +147,17 @@ def test_sinkhorn_survives_large_logits(offset):
     torch.testing.assert_close(probs.sum(dim=1), torch.ones(16))
 
 
+def test_a_row_far_below_the_others_keeps_its_targets():
+    logits = torch.zeros(4096, 8)
+    logits[:, :7] = torch.randn(4096, 7, generator=torch.Generator().manual_seed(6)) * 0.1
+    logits[:, 7] = -20.0
+    logits[5] = -10.0
+    logits[5, 7] = -5.0  # alone in wanting the last prototype, and vanishing beside the global maximum
+    probs = sinkhorn_knopp(logits, 0.04)
+    torch.testing.assert_close(probs.sum(dim=1), torch.ones(4096))
+    assert probs[5].argmax() == 7
+
+
 def test_sinkhorn_of_no_rows_is_empty():
     assert sinkhorn_knopp(torch.empty(0, 5), 0.05).shape == (0, 5)
 

@@ -151,6 +151,15 @@ def test_bf16_trains_and_stays_close_to_fp32(tiny, centering):
     assert losses["bf16"]["total_loss"] != losses["fp32"]["total_loss"]
 
 
+def test_student_and_teacher_may_differ_in_precision(tiny):
+    cfg = tiny.resolve("compute_precision.student.backbone.mixed_precision.param_dtype=bf16")
+    model = make(cfg)
+    assert model.precision.input_dtype == torch.float32
+    loader = build_data_loader(cfg, build_dataset(cfg), start_iteration=0, dtype=model.precision.input_dtype)
+    optimizer = build_optimizer(cfg, model.get_params_groups())
+    train_step(model, optimizer, next(iter(loader)), VALUES, clip_grad=3.0)
+
+
 def test_fp16_on_a_cpu_says_what_it_runs_in(tiny):
     fp16 = tiny.resolve("compute_precision.student.backbone.mixed_precision.param_dtype=fp16")
     precision = Precision(fp16.compute_precision, torch.device("cpu"))

@@ -124,15 +124,6 @@ def test_a_differing_config_is_kept_under_a_number(tmp_path, caplog):
     assert "differed from this run's config and was kept as config.3.yaml" in caplog.text
 
 
-def test_a_run_amends_its_own_config_without_a_copy(tmp_path):
-    cfg = resolve_config("", ["optim.max_images=1000"])
-    write_config(cfg, str(tmp_path))
-    cfg.optim.max_iterations, cfg.optim.max_images = 16, None
-    path = write_config(cfg, str(tmp_path), amend=True)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
-    assert OmegaConf.load(path).optim.max_iterations == 16
-
-
 def test_an_evaluation_leaves_the_training_config_alone(tmp_path):
     # Defect 8.
     training = resolve_config("", [])

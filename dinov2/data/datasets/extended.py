@@ -6,6 +6,7 @@ from typing import Any
 from torchvision.datasets import VisionDataset
 
 from dinov2.data.datasets.decoders import Decoder, ImageDataDecoder, TargetDecoder
+from dinov2.errors import ImageReadError
 
 
 class ExtendedVisionDataset(VisionDataset):
@@ -50,12 +51,12 @@ class ExtendedVisionDataset(VisionDataset):
         """Return the transformed image and target.
 
         Raises:
-            RuntimeError: the image can not be read; names the sample and its path.
+            ImageReadError: (a RuntimeError) the image can not be read; names the sample and its path.
         """
         try:
             image = self.image_decoder(self.get_image_data(index)).decode()
         except Exception as error:
-            raise RuntimeError(self._unreadable(index, error)) from error
+            raise ImageReadError(self._unreadable(index, error)) from error
         target = self.target_decoder(self.get_target(index)).decode()
         if self.transforms is not None:
             image, target = self.transforms(image, target)
