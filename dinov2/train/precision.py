@@ -58,7 +58,7 @@ class Precision:
 
     @property
     def input_dtype(self) -> torch.dtype:
-        """The format of the crops: the backbones' if they share one (autocast would round to it), else fp32."""
+        """The format of the crops: the one both backbones share, to which autocast would round, else fp32."""
         student, teacher = self.dtypes["student", "backbone"], self.dtypes["teacher", "backbone"]
         return student if student == teacher else torch.float32
 

@@ -86,7 +86,7 @@ def test_a_short_run_follows_the_recorded_one(run):
 
     for network in ("student", "teacher"):
         parameters = dict(getattr(run.model, network).named_parameters())
-        norms = {name: float(parameter.norm()) for name, parameter in parameters.items()}
+        norms = {name: parameter.norm().item() for name, parameter in parameters.items()}
         assert norms == pytest.approx(run.expected[f"final_{network}_norms"], **RUN)
         for name, reference in with_prefix(run.tensors, f"ref.final_{network}.").items():
             distance = (parameters[name] - reference).norm() / reference.norm()
