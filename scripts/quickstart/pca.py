@@ -58,13 +58,13 @@ def token_map(model: nn.Module, picture: np.ndarray, *, device: torch.device) ->
 
 
 def fit_basis(maps: list[np.ndarray], tissue: np.ndarray) -> Basis:
-    """Fit one basis to the tissue tokens of several models, each centred on its own mean.
+    """Fit one basis to the tissue tokens of several models, each brought to mean zero and equal variance.
 
     Args:
         maps: One (h, w, D) token map per model.
         tissue: (h, w) bool; other tokens do not count.
     """
-    tokens = np.concatenate([_centred(tokens, tissue)[tissue] for tokens in maps]).astype(np.float64)
+    tokens = np.concatenate([_standardised(tokens, tissue)[tissue] for tokens in maps])
     directions = np.linalg.eigh(tokens.T @ tokens)[1][:, ::-1][:, :3]
     strongest = np.abs(directions).argmax(axis=0)
     directions = directions * np.sign(directions[strongest, range(3)])
@@ -84,7 +84,7 @@ def colour_map(tokens: np.ndarray, tissue: np.ndarray, basis: Basis, *, scale: i
     Returns:
         RGBA picture of (scale * w, scale * h) pixels.
     """
-    values = _centred(tokens, tissue) @ basis.directions
+    values = _standardised(tokens, tissue) @ basis.directions
     values = ((values - basis.low) / (basis.high - basis.low)).clip(0, 1)
     rgba = np.full((*tissue.shape, 4), GLASS, np.uint8)
     rgba[tissue, :3] = (values[tissue] * 255).round()
@@ -93,5 +93,7 @@ def colour_map(tokens: np.ndarray, tissue: np.ndarray, basis: Basis, *, scale: i
     return Image.fromarray(rgba, "RGBA").resize((width * scale, height * scale), Image.Resampling.NEAREST)
 
 
-def _centred(tokens: np.ndarray, tissue: np.ndarray) -> np.ndarray:
-    return tokens - tokens[tissue].mean(axis=0)
+def _standardised(tokens: np.ndarray, tissue: np.ndarray) -> np.ndarray:
+    """Centre on the tissue and divide by its total spread, so that no model outweighs another."""
+    centred = tokens.astype(np.float64) - tokens[tissue].mean(axis=0, dtype=np.float64)
+    return centred / np.sqrt((centred[tissue] ** 2).sum(axis=1).mean())

@@ -58,7 +58,8 @@ def render(report: Report) -> str:
             "What the patch tokens see",
             "<p>Each 14 px patch of the slide, at half its size, is coloured by the first three principal "
             "components of its token: patches of like colour look alike to the model. One basis serves both "
-            f"maps, so colours can be compared; glass is left grey.</p><div class='maps'>{maps}</div>",
+            "maps, so colours can be compared; glass is left grey. Look whether epithelium (purple in the "
+            f"stain) and stroma (pink) have colours of their own.</p><div class='maps'>{maps}</div>",
         ),
         _section(
             "Losses",
@@ -75,7 +76,7 @@ def render(report: Report) -> str:
         _section("How this run was made", _fact_table(report.facts)),
     ]
     style = STYLE.read_text("utf-8")
-    summary = "".join(f"<p>{escape(sentence)}</p>" for sentence in report.summary)
+    summary = "".join(f"<p>{_text(sentence)}</p>" for sentence in report.summary)
     return (
         "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'/>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'/>"
@@ -90,7 +91,11 @@ def _section(title: str, body: str) -> str:
 
 
 def _list(items: list[str]) -> str:
-    return f"<ul class='soft'>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
+    return f"<ul class='soft'>{''.join(f'<li>{_text(item)}</li>' for item in items)}</ul>"
+
+
+def _text(sentence: str) -> str:
+    return escape(sentence).replace("+-", "\u00b1")
 
 
 def _score_table(report: Report) -> str:

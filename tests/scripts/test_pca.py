@@ -34,9 +34,10 @@ def test_signs_are_stable(tokens, tissue):
     assert (first[np.abs(first).argmax(axis=0), range(3)] > 0).all()
 
 
-def test_equal_tokens_have_equal_colours_whatever_their_mean(tokens, tissue):
-    basis = fit_basis([tokens, tokens + 5], tissue)
-    first, second = (np.asarray(colour_map(grid, tissue, basis), int) for grid in (tokens, tokens + 5))
+def test_equal_tokens_have_equal_colours_whatever_their_mean_and_scale(tokens, tissue):
+    grids = [tokens, 3 * tokens + 5]
+    basis = fit_basis(grids, tissue)
+    first, second = (np.asarray(colour_map(grid, tissue, basis), int) for grid in grids)
     assert np.abs(first - second).max() <= 1
 
 
