@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from PIL import UnidentifiedImageError
 from torchvision.datasets import VisionDataset
 
 from dinov2.data.datasets.decoders import Decoder, ImageDataDecoder, TargetDecoder
@@ -68,4 +69,7 @@ class ExtendedVisionDataset(VisionDataset):
         except Exception:  # the place itself may be what is wrong; the first error says so
             path = ""
         where = f" ({path})" if path else ""
-        return f"can not read image for sample {index}{where}: {type(error).__name__}: {error}"
+        # Pillow names the buffer it was given, which tells a user nothing.
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = "empty, truncated or no image at all" if unknown else f"{type(error).__name__}: {error}"
+        return f"can not read image for sample {index}{where}: {why}"
