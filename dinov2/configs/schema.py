@@ -33,14 +33,18 @@ class Model:
 @dataclass(kw_only=True)
 class MixedPrecision:
     param_dtype: str = setting("fp16", "Number format of parameters in forward and backward", choices=DTYPES)
-    reduce_dtype: str = setting("fp16", "Number format in which gradients are reduced", choices=DTYPES)
-    buffer_dtype: str = setting("fp32", "Number format of buffers", choices=DTYPES)
+    reduce_dtype: str = setting(
+        "fp16", "Read, not used: gradients are always averaged in fp32", choices=DTYPES
+    )
+    buffer_dtype: str = setting("fp32", "Read, not used: buffers are always fp32", choices=DTYPES)
 
 
 @dataclass(kw_only=True)
 class ModulePrecision:
     sharding_strategy: str = setting(
-        "SHARD_GRAD_OP", "How several processes divide the module", choices=SHARDING_STRATEGIES
+        "SHARD_GRAD_OP",
+        "Read, not used yet: every process holds the whole module",
+        choices=SHARDING_STRATEGIES,
     )
     mixed_precision: MixedPrecision = field(default_factory=MixedPrecision)
 

@@ -175,6 +175,11 @@ def do_train(
 
     world_size = distributed.get_global_size()
     logger.info("%s", describe_run_length(cfg, len(dataset), world_size))
+    images_per_iteration = cfg.train.batch_size_per_gpu * world_size
+    if images_per_iteration > len(dataset):
+        logger.warning(
+            "a batch of %d images repeats some of the %d tiles", images_per_iteration, len(dataset)
+        )
     restored.checkpointer.rehearse(iteration=start_iteration)
     loader = build_data_loader(cfg, dataset, start_iteration, model.precision.input_dtype)
     batches = metrics.log_every(
@@ -183,7 +188,7 @@ def do_train(
         "Training",
         max_iterations,
         start_iteration,
-        images_per_iteration=cfg.train.batch_size_per_gpu * world_size,
+        images_per_iteration=images_per_iteration,
     )
     skipped_in_a_row = 0
     for iteration, images in enumerate(batches, start=start_iteration):
