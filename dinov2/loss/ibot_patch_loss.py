@@ -27,7 +27,7 @@ class iBOTPatchLoss(CenteredLoss):
         self,
         teacher_output: Tensor,
         teacher_temp: float,
-        n_masked_patches_tensor: Tensor | None = None,
+        n_masked_patches_tensor: Tensor,
         n_iterations: int = 3,
     ) -> Tensor:
         """Return float32 targets [M, K] from logits [M, K], balanced over the masked patches of all ranks.

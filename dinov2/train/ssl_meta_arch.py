@@ -272,7 +272,8 @@ class SSLMetaArch(nn.Module):
 
     def _assign_patches(self, logits: Tensor, teacher_temp: float) -> Tensor:
         if self.cfg.train.centering == "sinkhorn_knopp":
-            return self.ibot_patch_loss.sinkhorn_knopp_teacher(logits, teacher_temp)
+            num_masked = torch.full((1,), len(logits))
+            return self.ibot_patch_loss.sinkhorn_knopp_teacher(logits, teacher_temp, num_masked)
         targets = self.ibot_patch_loss.softmax_center_teacher(logits[None], teacher_temp)[0]
         self.ibot_patch_loss.update_center(logits[None])
         return targets
