@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dinov2.configs.scaling import is_scaled
-from dinov2.configs.schema import ARCHITECTURE_SIZES, DEAD_KEYS, KEYS
+from dinov2.configs.schema import ARCHITECTURE_SIZES, AUTO, DEAD_KEYS, KEYS
 from dinov2.errors import nearest
 
 Values = Mapping[str, Any]
@@ -38,6 +38,8 @@ def find(values: Values) -> Iterator[Finding]:
 
 
 def crop_sizes(values: Values) -> Iterator[Finding]:
+    if values["student.arch"] == AUTO:
+        return  # the patch size is read from the weights
     patch = values["student.patch_size"]
     names = ["global", "local"] if values["crops.local_crops_number"] > 0 else ["global"]
     for name in names:
@@ -59,9 +61,13 @@ def ordered_pairs(values: Values) -> Iterator[Finding]:
 
 def architecture(values: Values) -> Iterator[Finding]:
     arch = values["student.arch"].removesuffix("_memeff")
+    if arch == AUTO:
+        yield from _auto(values)
+        return
     if arch not in ARCHITECTURE_SIZES:
-        known = ", ".join(f'"{name}"' for name in ARCHITECTURE_SIZES)
-        hint = nearest(arch, ARCHITECTURE_SIZES)
+        accepted = (*ARCHITECTURE_SIZES, AUTO)
+        known = ", ".join(f'"{name}"' for name in accepted)
+        hint = nearest(arch, accepted)
         yield Finding(f"student.arch is '{arch}', one of {known} is wanted{hint}")
         return
     sizes = zip(("embed_dim", "depth", "num_heads"), ARCHITECTURE_SIZES[arch], strict=True)
@@ -76,6 +82,15 @@ def architecture(values: Values) -> Iterator[Finding]:
         yield Finding(
             f"student.block_chunks {chunks} does not divide the {depth} blocks of {arch}: "
             f"set it to 0 or one of {_divisors(depth)}"
+        )
+
+
+def _auto(values: Values) -> Iterator[Finding]:
+    keys = ("student.pretrained_weights", "train.init_weights_from_chkpt", "head.head_path")
+    if not any(values[key] for key in keys):
+        yield warn(
+            "student.arch is auto, which reads the architecture from weights, and the config names none: "
+            "set student.pretrained_weights"
         )
 
 

@@ -17,8 +17,8 @@ KIND_NAMES = {
     int: "an integer",
     float: "a number",
     str: "a string",
-    tuple: "a list of two numbers",
 }
+NUMBER_WORDS = {2: "two", 3: "three"}  # lengths of the lists that keys take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,9 @@ class Key:
 
     @property
     def type_name(self) -> str:
-        names = ["list of 2 floats" if kind is tuple else kind.__name__ for kind in self.kinds]
+        names = [
+            f"list of {len(self.default)} floats" if kind is tuple else kind.__name__ for kind in self.kinds
+        ]
         return " or ".join([*names, "null"] if self.nullable else names)
 
     @property
@@ -89,10 +91,15 @@ class Key:
         if self.rule.choices:
             words = "one of " + ", ".join(f'"{choice}"' for choice in self.rule.choices)
         else:
-            words = self.rule.pattern_words or " or ".join(KIND_NAMES[kind] for kind in self.kinds)
+            words = self.rule.pattern_words or " or ".join(map(self._kind_name, self.kinds))
         if self.bounds:
             words += (" of " if self.bounds.startswith("at") else " ") + self.bounds
         return words + " or null" if self.nullable else words
+
+    def _kind_name(self, kind: type) -> str:
+        if kind is tuple:
+            return f"a list of {NUMBER_WORDS[len(self.default)]} numbers"
+        return KIND_NAMES[kind]
 
     def convert(self, value: Any) -> Any:
         """Return ``value`` in the key's own type.
@@ -106,10 +113,15 @@ class Key:
         if value is None and self.nullable:
             return None
         for kind in self.kinds:
-            converted = _as_kind(value, kind)
+            converted = self._as_numbers(value) if kind is tuple else _as_kind(value, kind)
             if converted is not None and self._accepts(converted):
                 return converted
         raise WrongValueError(f"is {describe(value)}, {self.wanted} is wanted")
+
+    def _as_numbers(self, value: Any) -> list[float] | None:
+        """Return a list of as many floats as the default has, None when it is not one."""
+        numbers = [_as_kind(item, float) for item in value] if isinstance(value, list) else []
+        return numbers if len(numbers) == len(self.default) and None not in numbers else None
 
     def _accepts(self, value: Any) -> bool:
         if isinstance(value, str):
@@ -129,12 +141,9 @@ class Key:
 
 
 def _as_kind(value: Any, kind: type) -> Any:
-    """Return ``value`` as a ``kind`` (a list of two floats for ``tuple``), None when it is not one."""
+    """Return ``value`` as a ``kind``, None when it is not one."""
     if kind in (bool, str):
         return value if isinstance(value, kind) else None
-    if kind is tuple:
-        numbers = [_as_kind(item, float) for item in value] if isinstance(value, list) else []
-        return numbers if len(numbers) == 2 and None not in numbers else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if kind is int:

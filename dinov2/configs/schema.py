@@ -19,6 +19,8 @@ ARCHITECTURE_SIZES: dict[str, tuple[int, int, int]] = {
     "vit_giant2": (1536, 40, 24),
 }
 
+AUTO = "auto"  # in place of an architecture: the one the weights have
+
 DTYPES = ("fp32", "fp16", "bf16")
 SHARDING_STRATEGIES = ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")
 
@@ -149,12 +151,28 @@ class Train:
         choices=("sharded_infinite", "infinite"),
     )
     sshid: str | int | None = setting("", "Without effect, it belongs in the dataset string")
+    freeze_backbone_iterations: int = setting(
+        0, "How long the backbone stays as it is while the heads learn", unit="iterations", at_least=0
+    )
+    freeze_blocks: int = setting(
+        0,
+        "Keep the patch embedding, the tokens and so many first blocks of the backbone as they are",
+        unit="blocks",
+        at_least=0,
+    )
+    self_check: str = setting(
+        "stop",
+        "Check the run before its first step: stop when something is wrong, only warn, or off",
+        choices=("stop", "warn", "off"),
+    )
 
 
 @dataclass(kw_only=True)
 class Student:
     arch: str = setting(
-        "vit_large", "Vision transformer: vit_tiny, vit_small, vit_base, vit_large or vit_giant2"
+        "vit_large",
+        "Vision transformer: vit_tiny, vit_small, vit_base, vit_large or vit_giant2; auto takes sizes, "
+        "patch, registers, biases, LayerScale and feed-forward from the pretrained weights",
     )
     patch_size: int = setting(16, "Side of a patch", unit="pixels", at_least=1)
     drop_path_rate: float = setting(
@@ -167,7 +185,9 @@ class Student:
         True, "The same drop path rate in every block instead of one rising from 0"
     )
     pretrained_weights: str | None = setting(
-        "", "Backbone weights to start from: a file or a URL; empty for none"
+        "",
+        "Backbone weights to start from: a file, a folder, an address, hub:<model>, hf-hub:<owner>/<name> or "
+        "zenodo:<record>/<file>; empty for none",
     )
     ffn_layer: str = setting(
         "mlp", "Feed-forward layer", choices=("mlp", "swiglu", "swiglufused", "identity")
@@ -188,6 +208,26 @@ class Student:
     )
     depth: int | None = setting(None, "Number of blocks instead of the architecture's own", at_least=1)
     num_heads: int | None = setting(None, "Attention heads instead of the architecture's own", at_least=1)
+    mlp_ratio: float | None = setting(
+        None, "Hidden width of the feed-forward as a multiple of the width, instead of 4", above=0
+    )
+    pos_embed_resampling: str = setting(
+        "interpolate",
+        "How pretrained positions of another grid are fitted: bicubic interpolation, or their middle cut out",
+        choices=("interpolate", "center_crop"),
+    )
+    patch_embed_resampling: str = setting(
+        "none",
+        "How a pretrained patch embedding of another patch size is fitted: not at all, or by the "
+        "pseudo-inverse of resizing (FlexiViT)",
+        choices=("none", "pseudo_inverse"),
+    )
+    lora_rank: int = setting(
+        0,
+        "Train low-rank updates of this rank instead of the backbone itself (needs peft); 0 for none",
+        at_least=0,
+    )
+    lora_alpha: float = setting(16.0, "The low-rank updates count alpha / rank times", above=0)
 
 
 @dataclass(kw_only=True)
@@ -244,6 +284,15 @@ class Optim:
     max_passes: float | None = setting(
         None, "Length of the run instead of epochs", unit="passes over the dataset", above=0
     )
+    backbone_lr_mult: float = setting(
+        1.0, "Factor on the learning rate of the whole backbone, not of the heads", at_least=0
+    )
+    start_iter: int = setting(
+        0,
+        "Where a run with nothing to resume begins in schedules and data order, to go on from head.head_path",
+        unit="iterations",
+        at_least=0,
+    )
 
 
 @dataclass(kw_only=True)
@@ -267,6 +316,15 @@ class Crops:
         "did; nominal is 1, 0.1, 0.5, as the paper says",
         choices=("effective", "nominal"),
     )
+    mean: tuple[float, float, float] = setting(
+        (0.485, 0.456, 0.406),
+        "Channel means of the normalisation, red, green, blue of 0..1",
+        at_least=0,
+        at_most=1,
+    )
+    std: tuple[float, float, float] = setting(
+        (0.229, 0.224, 0.225), "Channel standard deviations of the normalisation", above=0, at_most=1
+    )
 
 
 @dataclass(kw_only=True)
@@ -287,7 +345,14 @@ class Checkpointing:
 @dataclass(kw_only=True)
 class Head:
     head_path: str | None = setting(
-        None, "Folder with student and teacher head checkpoints to start from; null for none"
+        None,
+        "Folder (eval/training_<iteration>), or one of its files, with student and teacher heads to start "
+        "from; null for none",
+    )
+    on_missing: str = setting(
+        "stop",
+        "What to do about heads that head.head_path lacks: stop, or start them with random weights",
+        choices=("stop", "reinit"),
     )
 
 

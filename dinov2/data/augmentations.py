@@ -1,12 +1,19 @@
 """Multi-crop augmentation of DINOv2 (arXiv:2304.07193, section 4; constants of the public recipe)."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from dinov2.data.transforms import GaussianBlur, MaybeToTensor, make_normalize_transform
+from dinov2.data.transforms import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    GaussianBlur,
+    MaybeToTensor,
+    make_normalize_transform,
+)
 from dinov2.errors import ConfigError
 
 logger = logging.getLogger("dinov2")
@@ -28,6 +35,8 @@ class DataAugmentationDINO:
         horizontal_flip_prob: probability of a left-right flip, 0..1.
         vertical_flip_prob: probability of an up-down flip, 0..1. DINOv2 has none; tissue has no up or
             down, and the histopathology forks use 0.5.
+        mean: channel means of the normalisation; those the backbone was pretrained with.
+        std: channel standard deviations of the normalisation.
         gaussian_blur: ``"effective"`` blurs as the published weights were trained (global crops 1 and 2
             and local crops with probability 0, 0.9 and 0.5), ``"nominal"`` as their recipe was meant (1,
             0.1 and 0.5).
@@ -47,6 +56,8 @@ class DataAugmentationDINO:
         horizontal_flip_prob: float = 0.5,
         vertical_flip_prob: float = 0.0,
         gaussian_blur: str = "effective",
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
     ) -> None:
         if gaussian_blur not in BLUR_MODES:
             raise ConfigError(f"gaussian_blur is {gaussian_blur!r}; use one of {', '.join(BLUR_MODES)}")
@@ -55,10 +66,13 @@ class DataAugmentationDINO:
         self.local_crops_number = local_crops_number
         flips = _flips(horizontal_flip_prob, vertical_flip_prob)
         nominal = gaussian_blur == "nominal"
+        to_input = [MaybeToTensor(), make_normalize_transform(mean, std)]
         solarize = [transforms.RandomSolarize(threshold=SOLARIZE_THRESHOLD, p=0.2)]
-        self.global_1 = _view(global_crops_size, global_crops_scale, flips, "global_1", nominal)
-        self.global_2 = _view(global_crops_size, global_crops_scale, flips, "global_2", nominal, solarize)
-        self.local = _view(local_crops_size, local_crops_scale, flips, "local", nominal)
+        self.global_1 = _view(global_crops_size, global_crops_scale, flips, "global_1", nominal, to_input)
+        self.global_2 = _view(
+            global_crops_size, global_crops_scale, flips, "global_2", nominal, [*solarize, *to_input]
+        )
+        self.local = _view(local_crops_size, local_crops_scale, flips, "local", nominal, to_input)
         logger.info(
             "augmentation: 2 global crops of %d px (scale %s), %d local crops of %d px (scale %s), flips "
             "%g horizontal and %g vertical, %s blur probabilities",
@@ -90,7 +104,7 @@ def _flips(horizontal: float, vertical: float) -> list:
 
 
 def _view(
-    size: int, scale: tuple[float, float], flips: list, kind: str, nominal: bool, extra: list | None = None
+    size: int, scale: tuple[float, float], flips: list, kind: str, nominal: bool, last: list
 ) -> transforms.Compose:
     """All steps of one kind of crop, in the order in which they draw random numbers."""
     jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
@@ -101,8 +115,6 @@ def _view(
             transforms.RandomApply([jitter], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             GaussianBlur(p=NOMINAL_BLUR[kind], nominal=nominal),
-            *(extra or []),
-            MaybeToTensor(),
-            make_normalize_transform(),
+            *last,
         ]
     )

@@ -69,6 +69,8 @@ def build_dataset(cfg: DictConfig) -> Dataset:
         horizontal_flip_prob=crops.horizontal_flip_prob,
         vertical_flip_prob=crops.vertical_flip_prob,
         gaussian_blur=crops.gaussian_blur,
+        mean=crops.mean,
+        std=crops.std,
     )
     return make_dataset(
         dataset_str=cfg.train.dataset_path, transform=augmentation, target_transform=no_target

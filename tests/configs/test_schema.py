@@ -55,6 +55,19 @@ ADDED = {
     "crops.gaussian_blur": "effective",
     "head.head_path": None,
     "dino.koleo_scope": "rank",
+    "student.mlp_ratio": None,
+    "student.pos_embed_resampling": "interpolate",
+    "student.patch_embed_resampling": "none",
+    "student.lora_rank": 0,
+    "student.lora_alpha": 16.0,
+    "train.freeze_backbone_iterations": 0,
+    "train.freeze_blocks": 0,
+    "train.self_check": "stop",
+    "optim.backbone_lr_mult": 1.0,
+    "optim.start_iter": 0,
+    "crops.mean": [0.485, 0.456, 0.406],
+    "crops.std": [0.229, 0.224, 0.225],
+    "head.on_missing": "stop",
 }
 
 
@@ -169,6 +182,7 @@ def test_accepted_values(path, value, converted):
         ("crops.global_crops_scale", [0.3], "is the list [0.3], a list of two numbers above 0"),
         ("crops.global_crops_scale", [0.0, 1.0], "above 0 and at most 1 is wanted"),
         ("crops.global_crops_scale", 0.3, "is the number 0.3, a list of two numbers"),
+        ("crops.mean", [0.5, 0.5], "is the list [0.5, 0.5], a list of three numbers of at least 0"),
         ("ibot.mask_ratio_min_max", [0.1, "a"], "is the list [0.1, 'a'], a list of two numbers"),
     ],
 )
