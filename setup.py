@@ -23,11 +23,13 @@ EXTRAS = {
     "eval": ["scikit-learn>=1.5"],
     "slides": ["openslide-python>=1.4", "openslide-bin>=4.0"],
     "onnx": ["onnx>=1.17"],
+    "lora": ["peft>=0.17"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["eval"],
     *EXTRAS["slides"],
     *EXTRAS["onnx"],
+    *EXTRAS["lora"],
     "onnxruntime>=1.20",
     "pytest>=8.3",
     "pytest-xdist>=3.6",

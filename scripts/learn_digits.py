@@ -11,30 +11,20 @@ Writes ``digits.json`` and ``digits.svg``, the curves that docs/learning.md show
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from omegaconf import DictConfig
-from PIL import Image
 
 from dinov2 import cli
 from dinov2.configs import resolve_config
-from dinov2.data.transforms import make_normalize_transform
-from dinov2.errors import OutputError
-from dinov2.eval.neighbors import knn_predict
 from dinov2.models.pretrained import load_backbone
 from dinov2.train import SSLMetaArch
 from dinov2.utils.utils import fix_random_seeds
+from scripts.digits import REPO, DigitJudge, train, write_training_part
 from scripts.quickstart.curves import HEIGHT, WIDTH, line_chart
 
-REPO = Path(__file__).resolve().parents[1]
 RECIPE = REPO / "dinov2" / "configs" / "train" / "vit-digits.yaml"
-NUM_TRAIN = 1297
 PIXELS = 32
 NUM_NEIGHBOURS = 20
 # The recipe is Sinkhorn-Knopp's. A running centre does not stop a very sharp, fast teacher from sending all
@@ -51,68 +41,17 @@ CENTERINGS = {
 }
 
 
-def load_digit_images() -> tuple[np.ndarray, np.ndarray]:
-    """Return the digits as [1797, 32, 32, 3] uint8 pictures in a fixed random order, and their labels."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    small = (digits.images[order] / 16 * 255).astype(np.uint8)
-    pictures = [Image.fromarray(image).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC) for image in small]
-    return np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]), digits.target[order]
-
-
-def write_training_part(folder: Path) -> Path:
-    """Write the training pictures as one class folder (their labels are not used) and return its root."""
-    root = folder / "digits"
-    (root / "unlabelled").mkdir(parents=True, exist_ok=True)
-    pictures, _ = load_digit_images()
-    for number, picture in enumerate(pictures[:NUM_TRAIN]):
-        Image.fromarray(picture).save(root / "unlabelled" / f"{number:04d}.png")
-    return root
-
-
-def knn_accuracy(backbone: torch.nn.Module) -> float:
-    """Return the 20-NN accuracy, in percent, of the backbone's normalised cls tokens."""
-    pictures, labels = load_digit_images()
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-    with torch.inference_mode():
-        backbone.eval()
-        tokens = torch.cat([backbone(batch) for batch in make_normalize_transform()(pixels).split(256)])
-    features = torch.nn.functional.normalize(tokens, dim=1)
-    labels = torch.from_numpy(labels)
-    scores = knn_predict(
-        features[:NUM_TRAIN], labels[:NUM_TRAIN], features[NUM_TRAIN:], NUM_NEIGHBOURS, num_classes=10
-    )
-    return 100 * (scores.argmax(dim=1) == labels[NUM_TRAIN:]).float().mean().item()
-
-
 def accuracy_curve(output_dir: Path, seed: int, overrides: Sequence[str]) -> list[tuple[int, float]]:
     """Return (iterations done, accuracy) for the untrained ViT and every exported teacher."""
     fix_random_seeds(seed)  # as the trainer does before it builds the networks
     backbone = SSLMetaArch(resolve_config(str(RECIPE), overrides)).student["backbone"]
-    points = [(0, knn_accuracy(backbone))]
+    judge = DigitJudge(PIXELS)
+    points = [(0, *judge.accuracy(backbone, [NUM_NEIGHBOURS]))]
     for file in output_dir.glob("eval/training_*/teacher_checkpoint.pth"):
         load_backbone(backbone, str(file), entry="teacher")
-        points.append((int(file.parent.name.split("_")[1]) + 1, knn_accuracy(backbone)))
+        iterations = int(file.parent.name.split("_")[1]) + 1
+        points.append((iterations, *judge.accuracy(backbone, [NUM_NEIGHBOURS])))
     return sorted(points)
-
-
-def train(data_root: Path, output_dir: Path, overrides: Sequence[str]) -> list[dict]:
-    """Run the ordinary trainer in a process of its own and return its metrics."""
-    if output_dir.exists():
-        raise OutputError(f"{output_dir} holds an earlier run; name another --output-dir or delete it.")
-    command = [sys.executable, str(REPO / "dinov2" / "train" / "train.py"), "--config-file", str(RECIPE)]
-    command += [
-        "--output-dir",
-        str(output_dir),
-        f"train.dataset_path=ImageFolder:root={data_root}",
-        *overrides,
-    ]
-    environment = {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "2", **os.environ}
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-    lines = (output_dir / "training_metrics.json").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def dino_share_of_uniform(metrics: list[dict], cfg: DictConfig) -> list[tuple[int, float]]:
@@ -129,7 +68,7 @@ def run_once(folder: Path, centering: str, seed: int, extra_overrides: Sequence[
     """Train with one centering and seed; return the curves and the gain in points."""
     overrides = [*CENTERINGS[centering], f"train.seed={seed}", *extra_overrides]
     output_dir = folder / f"{centering}_{seed}"
-    metrics = train(write_training_part(folder), output_dir, overrides)
+    metrics = train(RECIPE, write_training_part(folder, PIXELS), output_dir, overrides)
     curve = accuracy_curve(output_dir, seed, overrides)
     return {
         "centering": centering,

@@ -112,6 +112,13 @@ def _warm_up_fits(values: Values) -> Iterator[Finding]:
         total, run = values["optim.max_iterations"], f"optim.max_iterations {values['optim.max_iterations']}"
     else:
         total, run = values["optim.epochs"] * epoch, f"optim.epochs {values['optim.epochs']}"
+    backbone_frozen = values["train.freeze_backbone_iterations"]
+    if backbone_frozen >= total:
+        yield Finding(
+            f"train.freeze_backbone_iterations {backbone_frozen} is not shorter than the {total} iterations "
+            f"of {run}, so the backbone would never learn: lower it to at most {total - 1}, or make the run "
+            "longer"
+        )
     state = (
         f"optim.warmup_epochs {warmup} and optim.freeze_last_layer_epochs {frozen} (of {epoch} iterations "
         f"each, train.OFFICIAL_EPOCH_LENGTH) do not fit into the {total} iterations of {run}"
@@ -175,6 +182,25 @@ def weight_sources(values: Values) -> Iterator[Finding]:
         )
 
 
+def frozen_parts(values: Values) -> Iterator[Finding]:
+    frozen, rank = values["train.freeze_blocks"], values["student.lora_rank"]
+    if rank and frozen:
+        yield Finding(
+            f"student.lora_rank {rank} freezes the weights of all blocks and trains updates of all of them, "
+            f"which train.freeze_blocks {frozen} contradicts: set one of the two to 0"
+        )
+    alpha = values["student.lora_alpha"]
+    if not rank and alpha != KEYS["student.lora_alpha"].default:
+        yield warn(f"student.lora_alpha {alpha:g} has no effect while student.lora_rank is 0")
+    arch = values["student.arch"].removesuffix("_memeff")
+    if arch in ARCHITECTURE_SIZES:  # with auto, the number of blocks is known once the weights are read
+        depth = values["student.depth"] or ARCHITECTURE_SIZES[arch][1]
+        if frozen > depth:
+            yield Finding(
+                f"train.freeze_blocks is {frozen}, but {arch} has {depth} blocks: set it to at most {depth}"
+            )
+
+
 def dead_keys(values: Values) -> Iterator[Finding]:
     for key, instead in DEAD_KEYS.items():
         if key in values and values[key] not in (KEYS[key].default, None):
@@ -190,6 +216,7 @@ CHECKS: tuple[Callable[[Values], Iterator[Finding]], ...] = (
     ibot_head,
     learning_rate,
     weight_sources,
+    frozen_parts,
     dead_keys,
 )
 

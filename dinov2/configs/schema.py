@@ -152,11 +152,16 @@ class Train:
     )
     sshid: str | int | None = setting("", "Without effect, it belongs in the dataset string")
     freeze_backbone_iterations: int = setting(
-        0, "How long the backbone stays as it is while the heads learn", unit="iterations", at_least=0
+        0,
+        "How long the backbone stays as it is while the heads learn; its learning rate then rises from 0 "
+        "over as many iterations as the warm-up has",
+        unit="iterations",
+        at_least=0,
     )
     freeze_blocks: int = setting(
         0,
-        "Keep the patch embedding, the tokens and so many first blocks of the backbone as they are",
+        "Keep the patch embedding, the tokens and so many first blocks of the backbone as they are; only a "
+        "mask token that is all zeros learns",
         unit="blocks",
         at_least=0,
     )

@@ -107,16 +107,16 @@ class FSDPCheckpointer:
             )
 
     def _moments_to_come(self) -> int:
-        """Bytes that optimizers without a step yet will add: Adam's two moments per parameter."""
+        """Bytes that optimizers will add: Adam's two moments per parameter that has not been stepped yet."""
         optimizers = [
             value for value in self.checkpointables.values() if isinstance(value, torch.optim.Optimizer)
         ]
         return sum(
             2 * parameter.nbytes
             for optimizer in optimizers
-            if not optimizer.state
             for group in optimizer.param_groups
             for parameter in group["params"]
+            if parameter not in optimizer.state
         )
 
     def has_checkpoint(self) -> bool:

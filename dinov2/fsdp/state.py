@@ -67,11 +67,16 @@ def load_checkpointable(target: Checkpointable, stored: Any) -> None:
         # An optimizer numbers its parameters in the order of its groups. Numbers beyond them are left for
         # load_state_dict to complain about.
         parameters = dict(enumerate(p for group in target.param_groups for p in group["params"]))
+        groups = stored["param_groups"]
+        if len(groups) == len(target.param_groups):
+            # Options that the storing program did not have yet keep their values.
+            groups = [own | saved for own, saved in zip(target.param_groups, groups, strict=True)]
         stored = stored | {
+            "param_groups": groups,
             "state": {
                 index: {key: _shard_like(value, parameters.get(index)) for key, value in values.items()}
                 for index, values in stored["state"].items()
-            }
+            },
         }
     target.load_state_dict(stored)
 

@@ -10,6 +10,7 @@ from torch import nn
 from dinov2 import distributed
 from dinov2.fsdp.files import write_atomically
 from dinov2.fsdp.state import gather
+from dinov2.train.lora import plain_state_dict
 
 HEADS = ("dino_head", "ibot_head")
 
@@ -30,7 +31,7 @@ def export_networks(student: nn.ModuleDict, teacher: nn.ModuleDict, folder: Path
         OutputError: the disk is full or the folder cannot be written.
     """
     for network, modules in (("teacher", teacher), ("student", student)):
-        _save({network: modules.state_dict()}, folder / f"{network}_checkpoint.pth")
+        _save({network: plain_state_dict(modules)}, folder / f"{network}_checkpoint.pth")
         for head in HEADS:
             if head in modules:
                 name = f"{network}_{head}"

@@ -20,12 +20,19 @@ def build_optimizer(cfg: DictConfig, params_groups: list[dict[str, Any]]) -> tor
 
 
 def apply_optim_scheduler(
-    optimizer: torch.optim.Optimizer, lr: float, wd: float, last_layer_lr: float
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    wd: float,
+    last_layer_lr: float,
+    *,
+    backbone_lr_factor: float = 1.0,
 ) -> None:
     """Set each group's learning rate and weight decay from the scheduled values and its multipliers."""
     for group in optimizer.param_groups:
         base_lr = last_layer_lr if group["is_last_layer"] else lr
         group["lr"] = base_lr * group["lr_multiplier"]
+        if group.get("is_backbone", False):
+            group["lr"] *= backbone_lr_factor
         group["weight_decay"] = wd * group["wd_multiplier"]
 
 

@@ -22,7 +22,8 @@ def settle_run_length(cfg: DictConfig, dataset_length: int, world_size: int) -> 
         world_size: number of processes.
 
     Raises:
-        ConfigError: if the warm-up or the freezing of the last layer does not fit into the run.
+        ConfigError: if the warm-up or the freezing of the last layer does not fit into the run, or the
+            backbone is frozen to its end.
     """
     images_per_iteration = cfg.train.batch_size_per_gpu * world_size
     images = cfg.optim.max_images
@@ -42,6 +43,13 @@ def settle_run_length(cfg: DictConfig, dataset_length: int, world_size: int) -> 
                 f"train.OFFICIAL_EPOCH_LENGTH {cfg.train.OFFICIAL_EPOCH_LENGTH}) is longer than the run of "
                 f"{total_iterations(cfg)} iterations; lower optim.{key} or lengthen the run."
             )
+    frozen = cfg.train.freeze_backbone_iterations
+    if frozen >= total_iterations(cfg):
+        raise ConfigError(
+            f"train.freeze_backbone_iterations {frozen} is not shorter than the run of "
+            f"{total_iterations(cfg)} iterations, so the backbone would never learn; lower it or lengthen "
+            "the run."
+        )
 
 
 def describe_run_length(cfg: DictConfig, dataset_length: int, world_size: int) -> str:

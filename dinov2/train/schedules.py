@@ -18,6 +18,7 @@ class ScheduleValues:
     momentum: float
     teacher_temp: float
     last_layer_lr: float
+    backbone_lr_factor: float = 1.0  # see dinov2.train.freezing.BackboneStart
 
 
 class Schedules(NamedTuple):

@@ -21,7 +21,9 @@ from dinov2.fsdp import ShardedGradScaler
 from dinov2.layers import DINOHead
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2.models import build_model_from_cfg
+from dinov2.train.freezing import freeze_first_blocks, moving_pairs
 from dinov2.train.initialization import load_initial_weights
+from dinov2.train.lora import add_adapters, follow_adapted
 from dinov2.train.precision import Precision
 from dinov2.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
 from dinov2.utils.utils import has_batchnorms
@@ -280,9 +282,16 @@ class SSLMetaArch(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, m: float) -> None:
-        """Move every teacher parameter towards the student's: teacher <- m * teacher + (1 - m) * student."""
-        teacher = list(self.teacher.parameters())
-        torch._foreach_lerp_(teacher, list(self.student.parameters()), 1.0 - m)
+        """Move the teacher's parameters towards the student's: teacher <- m * teacher + (1 - m) * student.
+
+        Those that are frozen in the student stay as they are. With LoRA, the student's are the merged ones.
+        """
+        followed = list(self.student)
+        if self.cfg.student.lora_rank:
+            followed.remove("backbone")
+            follow_adapted(self.teacher["backbone"], self.student["backbone"], 1.0 - m)
+        pairs = [pair for name in followed for pair in moving_pairs(self.teacher[name], self.student[name])]
+        torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1.0 - m)
 
     def train(self, mode: bool = True) -> "SSLMetaArch":
         """Set the student's mode; the teacher always stays in evaluation mode."""
@@ -298,12 +307,16 @@ class SSLMetaArch(nn.Module):
 
     def get_maybe_fused_params_for_submodel(self, m: nn.Module) -> list[dict[str, Any]]:
         """Return the fused parameter groups of one student submodule."""
+        is_backbone = m is self.student["backbone"]
         groups = get_params_groups_with_decay(
             m,
             lr_decay_rate=self.cfg.optim.layerwise_decay,
             patch_embed_lr_mult=self.cfg.optim.patch_embed_lr_mult,
+            lr_mult=self.cfg.optim.backbone_lr_mult if is_backbone else 1.0,
         )
-        return [{**group, "foreach": True} for group in fuse_params_groups(groups)]
+        return [
+            {**group, "is_backbone": is_backbone, "foreach": True} for group in fuse_params_groups(groups)
+        ]
 
     def get_params_groups(self) -> list[dict[str, Any]]:
         """Return the parameter groups of all student submodules, backbone first."""
@@ -326,6 +339,7 @@ class SSLMetaArch(nn.Module):
         for name, module in self.student.items():
             if name not in self.teacher_parts_loaded:
                 self.teacher[name].load_state_dict(module.state_dict())
+        self._restrict_training()
         if distributed.is_enabled():
             logger.info("every process holds the whole model; sharding_strategy has no effect yet")
             for tensor in self.state_dict().values():
@@ -333,6 +347,12 @@ class SSLMetaArch(nn.Module):
         self.precision = Precision(self.cfg.compute_precision, self.device)
         if self.cfg.compute_precision.grad_scaler and self.precision.needs_grad_scaler:
             self.fp16_scaler = ShardedGradScaler()
+
+    def _restrict_training(self) -> None:
+        """Freeze what the config wants frozen for the whole run; the weights to start from are in place."""
+        freeze_first_blocks(self.student["backbone"], self.cfg.train.freeze_blocks)
+        if self.cfg.student.lora_rank:
+            add_adapters(self.student["backbone"], self.cfg.student.lora_rank, self.cfg.student.lora_alpha)
 
     def fsdp_synchronize_streams(self) -> None:
         """Kept for scripts that call it; there are no private streams to synchronise."""

@@ -32,6 +32,7 @@ from dinov2.fsdp import FSDPCheckpointer
 from dinov2.logging import MetricLogger
 from dinov2.train.arguments import get_args_parser
 from dinov2.train.export import export_networks
+from dinov2.train.freezing import BackboneStart
 from dinov2.train.input import build_data_loader, build_dataset
 from dinov2.train.optimizer import (
     apply_optim_scheduler,
@@ -83,7 +84,13 @@ def train_step(
     clip_grad: float | None,
 ) -> StepResult:
     """Do one optimizer step and move the teacher; nothing moves if a loss or gradient is not finite."""
-    apply_optim_scheduler(optimizer, values.lr, values.weight_decay, values.last_layer_lr)
+    apply_optim_scheduler(
+        optimizer,
+        values.lr,
+        values.weight_decay,
+        values.last_layer_lr,
+        backbone_lr_factor=values.backbone_lr_factor,
+    )
     optimizer.zero_grad(set_to_none=True)
 
     losses = model.compute_losses(images, values.teacher_temp)
@@ -162,6 +169,7 @@ def do_train(
     write_config(cfg, cfg.train.output_dir)
     optimizer = build_optimizer(cfg, model.get_params_groups())
     schedules = build_schedulers(cfg)
+    backbone_start = BackboneStart(cfg, model.student["backbone"])
     metrics = MetricLogger(
         delimiter="  ", output_file=str(Path(cfg.train.output_dir) / "training_metrics.json")
     )
@@ -194,7 +202,7 @@ def do_train(
     for iteration, images in enumerate(batches, start=start_iteration):
         # The step's own randomness (stochastic depth) depends on where the run stands, not on its history.
         seed_everything(cfg.train.seed, distributed.get_global_rank(), iteration)
-        values = schedules.at(iteration)
+        values = backbone_start.enter(iteration, schedules.at(iteration))
         try:
             result = train_step(model, optimizer, images, values, cfg.optim.clip_grad)
             skipped_in_a_row = 0 if result.stepped else skipped_in_a_row + 1

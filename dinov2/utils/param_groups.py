@@ -18,6 +18,14 @@ _TOKEN_PREPARATION = ("pos_embed", "patch_embed", "mask_token", "cls_token", "re
 _FSDP_PREFIX = "_fsdp_wrapped_module."
 
 
+def layer_index(name: str, num_layers: int, chunked_blocks: bool = False) -> int:
+    """Return a backbone parameter's layer: 0 token preparation, i + 1 block i, num_layers + 1 the rest."""
+    block = (_CHUNKED_BLOCK if chunked_blocks else _FLAT_BLOCK).search(name)
+    if block:
+        return int(block.group(1)) + 1
+    return 0 if any(part in name for part in _TOKEN_PREPARATION) else num_layers + 1
+
+
 def get_vit_lr_decay_rate(
     name: str,
     lr_decay_rate: float = 1.0,
@@ -36,15 +44,11 @@ def get_vit_lr_decay_rate(
     """
     layer = num_layers + 1
     if force_is_backbone or name.startswith("backbone"):
-        block = (_CHUNKED_BLOCK if chunked_blocks else _FLAT_BLOCK).search(name)
-        if block:
-            layer = int(block.group(1)) + 1
-        elif any(part in name for part in _TOKEN_PREPARATION):
-            layer = 0
+        layer = layer_index(name, num_layers, chunked_blocks)
     return lr_decay_rate ** (num_layers + 1 - layer)
 
 
-def _count_blocks(model: nn.Module) -> tuple[int, bool]:
+def count_blocks(model: nn.Module) -> tuple[int, bool]:
     """Return the number of transformer blocks (0 for a head) and whether their names are chunked."""
     if hasattr(model, "n_blocks"):
         return model.n_blocks, model.chunked_blocks
@@ -55,7 +59,11 @@ def _count_blocks(model: nn.Module) -> tuple[int, bool]:
 
 
 def get_params_groups_with_decay(
-    model: nn.Module, lr_decay_rate: float = 1.0, patch_embed_lr_mult: float = 1.0
+    model: nn.Module,
+    lr_decay_rate: float = 1.0,
+    patch_embed_lr_mult: float = 1.0,
+    *,
+    lr_mult: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Return one group per trainable parameter, with its multipliers.
 
@@ -66,12 +74,13 @@ def get_params_groups_with_decay(
         model: backbone or head.
         lr_decay_rate: layer-wise decay, 0..1.
         patch_embed_lr_mult: additional factor for the patch embedding.
+        lr_mult: additional factor for all parameters.
 
     Returns:
         Dictionaries with ``params`` (a parameter), ``is_last_layer``, ``lr_multiplier``,
         ``wd_multiplier`` and ``name``, in the order of ``model.named_parameters()``.
     """
-    num_blocks, chunked_blocks = _count_blocks(model)
+    num_blocks, chunked_blocks = count_blocks(model)
     groups = []
     for raw_name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -86,6 +95,7 @@ def get_params_groups_with_decay(
         )
         if "patch_embed" in name:
             lr_multiplier *= patch_embed_lr_mult
+        lr_multiplier *= lr_mult
         is_decayed = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
         groups.append(
             {

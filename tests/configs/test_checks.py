@@ -47,6 +47,19 @@ def warnings(*overrides):
         (["dino.loss_weight=0", "ibot.loss_weight=0"], "dino.loss_weight and ibot.loss_weight are both 0"),
         (["optim.scaling_rule=none"], "optim.scaling_rule is 'none' and optim.lr is 0"),
         (["student.pretrained_weights=a", "train.init_weights_from_chkpt=b"], "name different weights"),
+        # Starting gently.
+        (
+            ["train.freeze_backbone_iterations=125000"],
+            "train.freeze_backbone_iterations 125000 is not shorter than the 125000 iterations of "
+            "optim.epochs 100, so the backbone would never learn: lower it to at most 124999",
+        ),
+        (
+            ["train.freeze_backbone_iterations=20000", "optim.max_iterations=20000"],
+            "not shorter than the 20000 iterations of optim.max_iterations 20000",
+        ),
+        (["train.freeze_blocks=25"], "train.freeze_blocks is 25, but vit_large has 24 blocks"),
+        (["train.freeze_blocks=3", "student.depth=2"], "vit_large has 2 blocks: set it to at most 2"),
+        (["student.lora_rank=8", "train.freeze_blocks=6"], "which train.freeze_blocks 6 contradicts"),
         # Ranges.
         (["train.batch_size_per_gpu=0"], "train.batch_size_per_gpu (command line) is the number 0"),
         (["dino.head_n_prototypes=0"], "dino.head_n_prototypes (command line) is the number 0"),
@@ -90,6 +103,9 @@ def test_a_run_that_only_warms_up_is_upstreams_right_but_worth_a_warning():
         ["optim.scaling_rule=linear_wrt_256"],
         ["dino.loss_weight=0"],
         ["ibot.loss_weight=0"],
+        ["train.freeze_backbone_iterations=1000", "train.freeze_blocks=24", "optim.backbone_lr_mult=0.1"],
+        ["student.lora_rank=8", "student.lora_alpha=32", "train.freeze_backbone_iterations=1000"],
+        ["train.freeze_backbone_iterations=9999", "optim.max_images=10"],  # compared once the data is open
     ],
 )
 def test_accepted_combinations(overrides):
@@ -109,6 +125,11 @@ def test_koleo_with_one_image_warns_instead_of_stopping():
     assert "KoLeo finds no neighbour" in warnings("train.batch_size_per_gpu=1")[0]
     assert warnings("train.batch_size_per_gpu=1", "dino.koleo_scope=global") == []
     assert warnings("train.batch_size_per_gpu=1", "dino.koleo_loss_weight=0") == []
+
+
+def test_lora_alpha_without_lora_warns():
+    text = "student.lora_alpha 32 has no effect while student.lora_rank is 0"
+    assert warnings("student.lora_alpha=32") == [text]
 
 
 def test_ibot_head_sizes_without_effect_warn():

@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dinov2 import distributed
+from dinov2.train.freezing import BackboneStart
 from dinov2.train.optimizer import build_optimizer
 from dinov2.train.schedules import build_schedulers
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -61,9 +62,15 @@ def main(config_file: str, output: str) -> None:
     model.prepare_for_distributed_training()
     model.train()
     optimizer = build_optimizer(cfg, model.get_params_groups())
-    schedules = build_schedulers(cfg)
+    schedules, start = build_schedulers(cfg), BackboneStart(cfg, model.student["backbone"])
     results = [
-        train_step(model, optimizer, make_batch(cfg, step), schedules.at(step), cfg.optim.clip_grad)
+        train_step(
+            model,
+            optimizer,
+            make_batch(cfg, step),
+            start.enter(step, schedules.at(step)),
+            cfg.optim.clip_grad,
+        )
         for step in range(NUM_STEPS)
     ]
     model.finish_center_updates()

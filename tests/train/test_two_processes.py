@@ -8,6 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from dinov2.configs import dinov2_default_config
 from tests.conftest import GOLDEN, REPO
 
 
@@ -22,12 +23,9 @@ def train(config_file, output, processes):
     return torch.load(output, weights_only=True)
 
 
-@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
-@pytest.mark.parametrize("separate_head", [False, True], ids=["shared", "separate"])
-def test_two_processes_equal_one(centering, separate_head, tmp_path):
+def five_steps():
+    """A config of five steps whose result does not depend on how a batch is split."""
     cfg = OmegaConf.load(GOLDEN / "meta_centering_separate.yaml")
-    cfg.train.centering = centering
-    cfg.ibot.separate_head = separate_head
     cfg.student.arch = "vit_tiny"
     cfg.student.embed_dim, cfg.student.depth, cfg.student.num_heads = 48, 2, 3
     # With LayerScale near 0 all cls tokens of a fresh network coincide, and KoLeo amplifies rounding.
@@ -37,6 +35,11 @@ def test_two_processes_equal_one(centering, separate_head, tmp_path):
     cfg.optim.epochs = 5
     cfg.optim.warmup_epochs = 0
     cfg.optim.freeze_last_layer_epochs = 0
+    return cfg
+
+
+def compare(cfg, tmp_path):
+    """Train with one process and with two, and return the first's result if both agree."""
     config_file = tmp_path / "config.yaml"
     OmegaConf.save(cfg, config_file)
 
@@ -50,10 +53,30 @@ def test_two_processes_equal_one(centering, separate_head, tmp_path):
     assert one["state"].keys() == two["state"].keys()
     for name, expected in one["state"].items():
         got = two["state"][name]
-        if name.endswith("attn.qkv.bias"):
+        if name.endswith(("attn.qkv.bias", "attn.qkv.base_layer.bias")):
             # Softmax ignores the key bias: its gradient is rounding noise, which Adam scales up.
             (query, _, value), (query_got, _, value_got) = expected.chunk(3), got.chunk(3)
             expected, got = torch.cat((query, value)), torch.cat((query_got, value_got))
         assert (got - expected).norm() <= 1e-5 * expected.norm() + 1e-7, name
+    return one
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+@pytest.mark.parametrize("separate_head", [False, True], ids=["shared", "separate"])
+def test_two_processes_equal_one(centering, separate_head, tmp_path):
+    cfg = five_steps()
+    cfg.train.centering = centering
+    cfg.ibot.separate_head = separate_head
+    one = compare(cfg, tmp_path)
     moved = [one["losses"][0]["total_loss"], one["losses"][-1]["total_loss"]]
     assert abs(moved[0] - moved[1]) > 1e-2, "nothing was learned, so nothing was compared"
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4], ids=["whole", "lora"])
+def test_two_processes_equal_one_when_the_backbone_joins_later(lora_rank, tmp_path):
+    cfg = OmegaConf.merge(dinov2_default_config, five_steps())
+    cfg.train.freeze_backbone_iterations = 2
+    cfg.student.lora_rank = lora_rank
+    one = compare(cfg, tmp_path)
+    still = [norms["backbone"] == 0 for norms in one["grad_norms"]]
+    assert still == [True, True, False, False, False]
