@@ -6,8 +6,8 @@ were not trained on. Labels are used by the judge alone.
 
     python -m scripts.gentle_start --settings plain@3.5e-4 lora-8@3.5e-4 --seeds 0 1
 
-Writes ``<setting>_<seed>.json`` per run, and from all runs in the folder ``gentle.json`` and ``gentle.svg``,
-which docs/finetuning.md shows. Finished runs are not repeated.
+Writes ``<setting>_<seed>.json`` per run, and from all runs named ``gentle.json`` and ``gentle.svg``, which
+docs/finetuning.md shows. Finished runs are not repeated.
 """
 
 import argparse
@@ -16,12 +16,16 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
+
 from dinov2 import cli
 from dinov2.configs import resolve_config
 from dinov2.models import build_model_from_cfg
 from dinov2.models.pretrained import load_backbone
 from dinov2.utils.utils import fix_random_seeds
 from scripts.digits import REPO, DigitJudge, train, write_training_part
+from scripts.panels import picture
+from scripts.quickstart.curves import line_chart
 from scripts.quickstart.weights import find_vits14
 
 RECIPE = REPO / "dinov2" / "configs" / "train" / "vits14-nct.yaml"
@@ -126,6 +130,21 @@ def run_once(folder: Path, setting: str, seed: int, weights: Path) -> dict:
     return result
 
 
+def draw(results: list[dict]) -> str:
+    """Return one SVG picture: per setting, teacher and student over the images seen, mean over the seeds."""
+    charts = []
+    for setting in dict.fromkeys(result["setting"] for result in results):
+        runs = [result for result in results if result["setting"] == setting]
+        lines = {}
+        for network in ("student", "teacher"):
+            rows = np.mean([run[network] for run in runs], axis=0)
+            lines[network] = (rows[:, 0].tolist(), rows[:, -1].tolist())
+        title = f"{setting} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
+        axes = {"x_label": "images seen", "y_label": "20-NN %", "y_shown": (40.0, 100.0)}
+        charts.append(line_chart(title, lines, **axes))
+    return picture(charts, columns=3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -136,6 +155,7 @@ def main() -> None:
     parser.add_argument("--weights", help="ViT-S/14 weights; by default those of scripts.quickstart.weights")
     args = parser.parse_args()
     weights = find_vits14(args.weights).path
+    results = []
     for seed in args.seeds:
         for setting in args.settings:
             result = run_once(args.output_dir, setting, seed, weights)
@@ -144,7 +164,10 @@ def main() -> None:
                 f"(lowest {min(row[-1] for row in result[network]):.1f})"
                 for network in ("teacher", "student")
             )
+            results.append(result)
             print(f"{setting:24s} seed {seed}: 20-NN {ends}; {result['seconds']} s", flush=True)
+    (args.output_dir / "gentle.json").write_text(json.dumps(results), "utf-8")
+    (args.output_dir / "gentle.svg").write_text(draw(results), "utf-8")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from dinov2.models.pretrained import load_backbone
 from dinov2.train import SSLMetaArch
 from dinov2.utils.utils import fix_random_seeds
 from scripts.digits import REPO, DigitJudge, train, write_training_part
-from scripts.quickstart.curves import HEIGHT, WIDTH, line_chart
+from scripts.panels import picture
+from scripts.quickstart.curves import line_chart
 
 RECIPE = REPO / "dinov2" / "configs" / "train" / "vit-digits.yaml"
 PIXELS = 32
@@ -79,28 +80,15 @@ def run_once(folder: Path, centering: str, seed: int, extra_overrides: Sequence[
     }
 
 
-STYLE = """
-text { font: 12px sans-serif; fill: #666 } .title { font-weight: bold } .end { text-anchor: end }
-.middle { text-anchor: middle } .grid { stroke: #8884; stroke-width: 1 }
-.line { fill: none; stroke-width: 1.6 }
-.line.series-0 { stroke: #3b76c4 } .line.series-1 { stroke: #d1762b } .line.series-2 { stroke: #3c9a5f }
-.legend.series-0 { fill: #3b76c4 } .legend.series-1 { fill: #d1762b } .legend.series-2 { fill: #3c9a5f }
-"""
-
-
 def draw(results: list[dict]) -> str:
     """Return one SVG picture: for each centering, accuracy and DINO term over the run, a line per seed."""
-    panels = []
-    for row, centering in enumerate(dict.fromkeys(result["centering"] for result in results)):
+    charts = []
+    for centering in dict.fromkeys(result["centering"] for result in results):
         runs = [result for result in results if result["centering"] == centering]
-        for column, (key, title) in enumerate((("accuracy", "20-NN %"), ("dino", "DINO loss / uniform"))):
+        for key, title in (("accuracy", "20-NN %"), ("dino", "DINO loss / uniform")):
             lines = {f"seed {run['seed']}": tuple(zip(*run[key], strict=True)) for run in runs}
-            chart = line_chart(f"{centering}: {title}", lines, x_label="iteration", y_label=title)
-            place = f'<svg x="{column * WIDTH}" y="{row * HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-            panels.append(chart.replace("<svg ", place, 1))
-    height = HEIGHT * len(panels) // 2
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {height}">'
-    return f"{head}<style>{STYLE}</style>{''.join(panels)}</svg>\n"
+            charts.append(line_chart(f"{centering}: {title}", lines, x_label="iteration", y_label=title))
+    return picture(charts, columns=2)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Loss curves as inline SVG: one small panel per loss, drawn from ``training_metrics.json``."""
 
 import json
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -54,10 +55,25 @@ def loss_panels(runs: dict[str, dict[str, list[float]]]) -> dict[str, str]:
     }
 
 
-def line_chart(title: str, lines: dict[str, tuple[list, list]], *, x_label: str, y_label: str) -> str:
-    """Draw labelled lines on common axes as one ``<svg>`` element; colours come from the page's style."""
+def line_chart(
+    title: str,
+    lines: dict[str, tuple[list, list]],
+    *,
+    x_label: str,
+    y_label: str,
+    y_shown: Sequence[float] = (),
+) -> str:
+    """Draw labelled lines on common axes as one ``<svg>`` element; colours come from the page's style.
+
+    Args:
+        title: Stands above the chart.
+        lines: Label -> (x values, y values).
+        x_label: Stands below the horizontal axis.
+        y_label: Stands beside the vertical axis.
+        y_shown: Values that the vertical axis reaches in any case, so that charts can be compared.
+    """
     xs = np.concatenate([np.asarray(x, float) for x, _ in lines.values()])
-    ys = np.concatenate([np.asarray(y, float) for _, y in lines.values()])
+    ys = np.concatenate([np.asarray(y, float) for y in (y_shown, *(y for _, y in lines.values()))])
     x_ticks, y_ticks = ticks(xs.min(), xs.max(), whole=True), ticks(ys.min(), ys.max())
     x_range = (min(xs.min(), x_ticks[0]), max(xs.max(), x_ticks[-1]))
     y_range = (y_ticks[0], y_ticks[-1])

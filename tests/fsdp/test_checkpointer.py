@@ -216,6 +216,18 @@ def test_an_optimizer_of_another_shape_is_refused(tmp_path):
         checkpointer(tmp_path).resume_or_load()
 
 
+def test_options_that_the_file_does_not_know_keep_their_values(tmp_path):
+    saver = checkpointer(tmp_path)
+    saver.checkpointables["optimizer"].param_groups[0]["lr"] = 0.5
+    saver.save("model_final")
+    newer = checkpointer(tmp_path)
+    (group,) = newer.checkpointables["optimizer"].param_groups
+    group["is_backbone"] = True
+    newer.resume_or_load()
+    (group,) = newer.checkpointables["optimizer"].param_groups
+    assert group["is_backbone"] is True and group["lr"] == 0.5
+
+
 def test_what_a_safe_load_would_refuse_is_not_saved(tmp_path):
     np = pytest.importorskip("numpy")
     with pytest.raises(AssertionError, match=r"rng\[1\]\.state is a float64"):
@@ -238,6 +250,16 @@ def test_a_rehearsal_finds_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(OutputError, match="has only 0 MiB left"):
         checkpointer(tmp_path).rehearse(big=torch.zeros(10**6))
+
+
+def test_a_rehearsal_counts_the_moments_of_parameters_that_have_had_no_step(tmp_path):
+    model, optimizer = build()
+    sizes = [parameter.nbytes for parameter in model.parameters()]
+    saver = FSDPCheckpointer(model, str(tmp_path), optimizer=optimizer)
+    assert saver._moments_to_come() == 2 * sum(sizes)
+    model[0].requires_grad_(False)
+    train(model, optimizer, 1)
+    assert saver._moments_to_come() == 2 * sum(sizes[:2])
 
 
 def test_saving_can_be_turned_off(tmp_path):

@@ -1,15 +1,19 @@
 """The backbone, or parts of it, standing still for a while or for good, and its rising learning rate."""
 
+import copy
 import shutil
 
 import pytest
 import torch
 
 from dinov2.errors import ConfigError
+from dinov2.fsdp import ShardedGradScaler
 from dinov2.train import SSLMetaArch
 from dinov2.train.freezing import BackboneStart, freeze_first_blocks
 from dinov2.train.optimizer import apply_optim_scheduler, build_optimizer
 from dinov2.train.schedules import build_schedulers
+from dinov2.train.train import train_step
+from tests.train.test_ssl_meta_arch import VALUES, make_batch
 from tests.train.test_training_run import load
 
 WHOLE_RUN = ("optim.epochs=3", "checkpointing.period=1", "checkpointing.max_to_keep=9", "optim.base_lr=0.1")
@@ -62,6 +66,41 @@ def test_the_teachers_backbone_stands_still_too(frozen_run):
     assert differing(backbone(first, "teacher"), backbone(later, "teacher"))
     moved = differing(first["model"], last_frozen["model"])
     assert "teacher.dino_head.mlp.0.weight" in moved
+
+
+def test_a_teacher_that_was_loaded_separately_is_not_drawn_to_a_frozen_student(tiny):
+    cfg = tiny.resolve("train.freeze_backbone_iterations=2")
+    model = prepared(cfg)
+    with torch.no_grad():
+        for parameter in model.teacher.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    before = copy.deepcopy(model.teacher.state_dict())
+    start = BackboneStart(cfg, model.student["backbone"])
+    start.enter(1, VALUES)
+    model.update_teacher(0.5)
+    moved = differing(before, model.teacher.state_dict())
+    assert moved and all(name.startswith("dino_head.") for name in moved)
+    start.enter(2, VALUES)
+    model.update_teacher(0.5)
+    assert "backbone.blocks.0.attn.qkv.weight" in differing(before, model.teacher.state_dict())
+
+
+def test_the_gradient_scaler_and_clipping_accept_a_frozen_backbone(tiny):
+    cfg = tiny.resolve("train.freeze_backbone_iterations=1")
+    model = prepared(cfg)
+    model.fp16_scaler = ShardedGradScaler("cpu", init_scale=1024.0)
+    optimizer = build_optimizer(cfg, model.get_params_groups())
+    start = BackboneStart(cfg, model.student["backbone"])
+    before = copy.deepcopy(model.student.state_dict())
+    norms = []
+    for iteration in range(3):
+        result = train_step(model, optimizer, make_batch(cfg), start.enter(iteration, VALUES), clip_grad=3.0)
+        assert result.stepped
+        norms.append(result.grad_norms["backbone"])
+        moved = {name.split(".")[0] for name in differing(before, model.student.state_dict())}
+        # At the release itself the learning rate still is 0.
+        assert moved == ({"dino_head"} if iteration < 2 else {"dino_head", "backbone"})
+    assert norms[0] == 0 and min(norms[1:]) > 0
 
 
 def test_adamw_keeps_no_state_for_what_is_frozen(frozen_run):
