@@ -75,16 +75,18 @@ HIGH_LR = "optim.lr=3.5e-4"  # DINOv2's base_lr 0.004, scaled by its rule to a b
 MEASURES: dict[str, tuple[str, ...]] = {
     "plain": (),
     "heads-first": ("train.freeze_backbone_iterations=40",),
+    "lr-x0.3": ("optim.backbone_lr_mult=0.3",),
     "lr-x0.1": ("optim.backbone_lr_mult=0.1",),
-    "lora-8": ("student.lora_rank=8",),
     "half-frozen": ("train.freeze_blocks=6",),
+    "lora-8": ("student.lora_rank=8",),
     "decay-0.5": ("optim.layerwise_decay=0.5",),
-    "heads-first-lr-x0.1": ("train.freeze_backbone_iterations=40", "optim.backbone_lr_mult=0.1"),
-    "lr-x0.01": ("optim.backbone_lr_mult=0.01",),
+    "heads-first-lr-x0.3": ("train.freeze_backbone_iterations=40", "optim.backbone_lr_mult=0.3"),
 }
+LONG = ("optim.max_iterations=400", "evaluation.eval_period_iterations=100")
 SETTINGS = {
     **{f"{name}@3.5e-4": (HIGH_LR, *overrides) for name, overrides in MEASURES.items()},
     **{f"{name}@1e-4": overrides for name, overrides in MEASURES.items()},
+    **{f"{name}@1e-4-long": (*LONG, *overrides) for name, overrides in MEASURES.items()},
 }
 
 

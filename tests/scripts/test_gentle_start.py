@@ -8,7 +8,7 @@ from torch import nn
 
 from dinov2.configs import resolve
 from scripts.digits import DigitJudge
-from scripts.gentle_start import PLAIN, RECIPE, SETTINGS, SMALL_SCALE, draw, run_once
+from scripts.gentle_start import HIGH_LR, LONG, PLAIN, RECIPE, SETTINGS, SMALL_SCALE, draw, run_once
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -17,7 +17,7 @@ def test_every_setting_is_a_config_that_differs_from_plain_only_as_it_says(setti
     changed = resolve(str(RECIPE), [*SMALL_SCALE, *PLAIN, *SETTINGS[setting]])
     assert plain.warnings == changed.warnings == ()
     keys = {override.split("=")[0] for override in SETTINGS[setting]}
-    assert keys <= {override.split("=")[0] for override in PLAIN} | {"optim.lr"}
+    assert keys <= {override.split("=")[0] for override in (*PLAIN, HIGH_LR, *LONG)}
     assert (plain.cfg == changed.cfg) == (not keys)
 
 
