@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from dinov2.errors import WeightsError
 from dinov2.models.entries import plain_name
-from dinov2.models.weight_files import locate, read_file
+from dinov2.models.sources import locate
+from dinov2.models.weight_files import read_file
 
 logger = logging.getLogger("dinov2")
 

@@ -20,7 +20,8 @@ from dinov2.models.architecture import Architecture
 from dinov2.models.conversion import State, flat_name, is_square, to_dinov2_names
 from dinov2.models.entries import choose_network, strip_wrappers
 from dinov2.models.head_weights import load_head
-from dinov2.models.weight_files import locate, read_file
+from dinov2.models.sources import locate
+from dinov2.models.weight_files import read_file
 
 __all__ = ["LoadReport", "load_backbone", "load_head", "load_pretrained_weights", "read_state_dict"]
 
