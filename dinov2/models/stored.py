@@ -1,8 +1,9 @@
 """Tensors of a weight file that are read when they are needed, so that no file fills the memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,22 +59,6 @@ class StoredTensor:
         """Return the same tensor with one more conversion on record, such as a new name."""
         return replace(self, how=_appended(self.how, how))
 
-    def changed(self, change: Callable[[Tensor], Tensor], how: str) -> "StoredTensor":
-        """Return the tensor that ``change`` makes of this one, made when it is read.
-
-        Args:
-            change: Is also called with a tensor without data (on the meta device), to learn the shape.
-            how: The conversion, in words.
-        """
-        outcome = change(torch.empty(self.shape, dtype=self.dtype, device="meta"))
-        return replace(
-            self,
-            shape=tuple(outcome.shape),
-            dtype=outcome.dtype,
-            read=lambda: change(self.read()),
-            how=_appended(self.how, how),
-        )
-
 
 def concatenated(parts: Sequence[StoredTensor], how: str) -> StoredTensor:
     """Return the parts as one tensor, joined along their first dimension when it is read.
@@ -106,3 +91,37 @@ def concatenated(parts: Sequence[StoredTensor], how: str) -> StoredTensor:
 
 def _appended(how: tuple[str, ...], step: str) -> tuple[str, ...]:
     return how if step in how else (*how, step)
+
+
+def derived(
+    parts: Sequence[StoredTensor], shape: Sequence[int], compute: Callable[..., Tensor], how: str
+) -> StoredTensor:
+    """Return what ``compute`` makes of the parts, computed when it is read.
+
+    Args:
+        parts: What is computed from; the outcome has the type of the first.
+        shape: Shape of the outcome.
+        compute: Called with the parts as tensors.
+        how: The conversion, in words.
+    """
+    names = tuple(dict.fromkeys(name for part in parts for name in part.names))
+    earlier = tuple(dict.fromkeys(step for part in parts for step in part.how))
+    return StoredTensor(
+        tuple(shape),
+        parts[0].dtype,
+        lambda: compute(*(part.read() for part in parts)),
+        names,
+        _appended(earlier, how),
+    )
+
+
+def stored_content(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a dictionary as a file would hold it, with a :class:`StoredTensor` for every tensor."""
+    stored: dict[str, Any] = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Tensor):
+            stored[key] = StoredTensor.of(value, name)
+        else:
+            stored[key] = stored_content(value, f"{name}.") if isinstance(value, Mapping) else value
+    return stored

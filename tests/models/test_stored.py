@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dinov2.errors import WeightsError
-from dinov2.models.stored import StoredTensor, concatenated
+from dinov2.models.stored import StoredTensor, concatenated, derived, stored_content
 
 
 def counted(tensor, name, reads):
@@ -33,13 +33,20 @@ def test_conversions_are_recorded_once_and_in_order():
     assert stored.how == ("renamed", "cast") and stored.names == ("a",)
 
 
-def test_a_change_is_made_on_reading_and_its_shape_known_before():
-    reads, tensor = [], torch.randn(4, 3)
-    changed = counted(tensor, "a", reads).changed(lambda t: t[1:].t().double(), "transposed")
-    assert (changed.shape, changed.dtype, changed.how) == ((3, 3), torch.float64, ("transposed",))
-    assert reads == []
-    assert torch.equal(changed.read(), tensor[1:].t().double())
-    assert reads == ["a"]
+def test_what_is_derived_is_computed_on_reading_from_all_its_parts():
+    reads, one, other = [], torch.randn(4, 3), torch.randn(2, 3)
+    parts = [counted(one, "a", reads).converted("renamed"), counted(other, "b", reads)]
+    stored = derived(parts, (3, 2), lambda first, second: (first[:2] + second).t(), "added")
+    assert (stored.shape, stored.dtype, stored.names) == ((3, 2), torch.float32, ("a", "b"))
+    assert stored.how == ("renamed", "added") and reads == []
+    assert torch.equal(stored.read(), (one[:2] + other).t()) and reads == ["a", "b"]
+
+
+def test_a_dictionary_becomes_the_content_of_a_file():
+    tensor = torch.zeros(2)
+    content = stored_content({"teacher": {"a": tensor}, "iteration": 3})
+    assert content["teacher"]["a"].read() is not None and content["teacher"]["a"].names == ("teacher.a",)
+    assert content["iteration"] == 3
 
 
 def test_parts_are_joined_on_reading():
