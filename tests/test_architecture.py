@@ -143,7 +143,17 @@ def test_imports_are_absolute():
 
 
 def test_optional_packages_are_imported_where_they_are_used():
-    optional = {"xformers", "sklearn", "openslide", "onnx", "timm", "transformers", "submitit", "wandb"}
+    optional = {
+        "xformers",
+        "sklearn",
+        "openslide",
+        "onnx",
+        "timm",
+        "transformers",
+        "submitit",
+        "wandb",
+        "huggingface_hub",
+    }
     found = [
         f"{relative(path)}:{node.lineno} {name}"
         for path in SOURCES
