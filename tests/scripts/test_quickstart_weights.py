@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dinov2.errors import WeightsError
-from dinov2.models.downloads import DownloadError, cache_path, sha256_of
+from dinov2.models.downloads import DownloadError, cache_path
+from dinov2.models.integrity import sha256_of
 from scripts.quickstart import weights
 
 
