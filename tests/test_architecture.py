@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "distributed": "",
     "layers": "",
     "models": "layers",
+    "models.inspect": "cli layers models",
     "loss": "distributed",
     "logging": "distributed",
     "fsdp": "distributed",

@@ -87,7 +87,7 @@ class Architecture:
             num_heads=num_heads,
         )
 
-    def with_heads(self, num_heads: int) -> "Architecture":
+    def with_heads(self, num_heads: int | None) -> "Architecture":
         """Return a copy with that many attention heads."""
         return dataclasses.replace(self, num_heads=num_heads)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dinov2.errors import WeightsError
 from dinov2.models import build_model
-from dinov2.models.architecture import Architecture
+from dinov2.models.architecture import USUAL_HEADS, Architecture
 from dinov2.models.companions import Companion, published_like, read_companion
 from dinov2.models.conversion import (
     State,
@@ -94,6 +94,11 @@ class BackboneWeights:
         """Patches that the position embeddings are laid out for; None without positions."""
         positions = self.state.get("pos_embed")
         return positions.shape[1] - 1 if positions is not None and positions.ndim == 3 else None
+
+    @property
+    def usual_heads(self) -> int | None:
+        """Attention heads that models of this width have; None for a width that none has."""
+        return USUAL_HEADS.get(self.architecture.width)
 
     @property
     def looks_like(self) -> str:
