@@ -2,12 +2,33 @@
 
 import hashlib
 import re
+import stat
 from pathlib import Path
 
 from dinov2.errors import WeightsError
 
 CHUNK_BYTES = 1 << 20
 SIDECAR_BYTES = 1 << 20  # a list of checksums is never longer
+
+
+def require_file(path: Path) -> int:
+    """Return the size of a file in bytes; anything but a readable file is an error.
+
+    Raises:
+        WeightsError: It does not exist, may not be read, or is a folder, pipe or device.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its other end
+            what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or pipe"
+            raise WeightsError(f'"{path}" is {what}, not a weight file: name a file.')
+        with path.open("rb"):
+            return status.st_size
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise WeightsError(
+            f'The weight file "{path}" cannot be read ({reason}): check its name and permissions.'
+        ) from error
 
 
 def digest_of(path: Path, algorithm: str) -> str:

@@ -5,7 +5,6 @@ of an archive are compared with their stored checksums before any of them is use
 the business of :mod:`dinov2.models.sources`.
 """
 
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dinov2.errors import WeightsError
-from dinov2.models.integrity import check_sidecar, damaged
+from dinov2.models.integrity import check_sidecar, damaged, require_file
 from dinov2.models.safetensors_files import list_safetensors
 from dinov2.models.shards import INDEX_SUFFIX, NAMES_SHOWN, read_index
 from dinov2.models.stored import StoredTensor
@@ -59,7 +58,7 @@ def open_file(path: Path) -> OpenedFile:
     """
     path = Path(path)
     if path.name.endswith(INDEX_SUFFIX):
-        _head_and_size(path)
+        require_file(path)
         check_sidecar(path)
         return _open_sharded(path)
     return _open_single(path)
@@ -99,19 +98,9 @@ def _open_single(path: Path) -> OpenedFile:
 
 
 def _head_and_size(path: Path) -> tuple[bytes, int]:
-    """Return how a file starts and its size; anything but a readable file is an error."""
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its other end
-            what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or pipe"
-            raise WeightsError(f'"{path}" is {what}, not a weight file: name a file.')
-        with path.open("rb") as stream:
-            return stream.read(HEAD_BYTES), status.st_size
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise WeightsError(
-            f'The weight file "{path}" cannot be read ({reason}): check its name and permissions.'
-        ) from error
+    size = require_file(path)
+    with path.open("rb") as stream:
+        return stream.read(HEAD_BYTES), size
 
 
 def _is_safetensors(path: Path, head: bytes) -> bool:
