@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from dinov2.errors import ConfigError, OutputError, UserError, WeightsError
 from dinov2.hub import export, export_targets
-from dinov2.hub.export_files import write_aside
+from dinov2.hub.export_files import write_aside, write_safetensors
 from dinov2.models.digest import tensors_digest
 from dinov2.models.pretrained import build_from_weights
 from tests.conftest import REPO
@@ -352,3 +352,15 @@ def test_a_model_in_memory_may_have_chunks(to, tmp_path):
     assert all(file.is_file() for file in files)
     again = build_from_weights(str(tmp_path / OUTPUTS[to]), num_heads=HEADS)
     assert (all_tokens(again, tile(SIZE)) - all_tokens(model, tile(SIZE))).abs().max() < 1e-6
+
+
+def test_tensors_that_share_memory_or_lie_crosswise_are_written_as_they_read(tmp_path):
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = {
+        "rows": base[:2],
+        "columns": base[:, 1:3].t(),
+        "crosswise": torch.arange(6.0).reshape(2, 3).t(),
+    }
+    write_safetensors(tensors, tmp_path / "a.safetensors")
+    read = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(tensor, read[name]) for name, tensor in tensors.items())
