@@ -55,13 +55,17 @@ def main(arguments: list[str] | None = None) -> None:
     model = model.to(DTYPES[args.dtype])
     files, notes = export(model, args.to, args.output, normalisation=normalisation, force=args.force)
     for file in files:
-        cli.say(f"wrote {file} ({file.stat().st_size / 2**20:.1f} MiB, sha256 {sha256_of(file)})")
+        cli.say(f"wrote {file} ({_size(file.stat().st_size)}, sha256 {sha256_of(file)})")
     size, mean, std = model.patch_embed.img_size[0], normalisation.mean, normalisation.std
     cli.say(f"for images of {size} x {size} pixels, normalised with mean {mean} and std {std} ({origin})")
     for note in notes:
         cli.say(f"note: {note}")
     heads = f", num_heads={args.num_heads}" if args.num_heads else ""
     cli.say(TARGETS[args.to].snippet.format(path=args.output, options=heads))
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count} bytes"
 
 
 def _check_size(size: int | None, patch_size: int | None) -> None:

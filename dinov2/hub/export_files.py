@@ -101,7 +101,7 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
 def _own_memory(tensor: Tensor) -> Tensor:
     """Copy rows of a larger tensor: the format does not allow tensors that share memory."""
     shares = tensor.untyped_storage().nbytes() != tensor.nbytes
-    return tensor.clone() if shares else tensor.contiguous()
+    return tensor.clone(memory_format=torch.contiguous_format) if shares else tensor.contiguous()
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:

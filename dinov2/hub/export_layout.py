@@ -5,6 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from dinov2.models.conversion import flat_name
+from dinov2.models.vision_transformer import DinoVisionTransformer
+
 BIASED_LAYERS = ("attn.proj", "mlp.fc1", "mlp.fc2", "mlp.w12", "mlp.w3")
 
 
@@ -29,6 +32,11 @@ class Layout:
     weights: dict[str, Tensor]
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+def flat_weights(model: DinoVisionTransformer) -> dict[str, Tensor]:
+    """Return the weights of a model, with or without block chunks, under flat DINOv2 names."""
+    return {flat_name(name): tensor for name, tensor in model.state_dict().items()}
 
 
 def with_biases(

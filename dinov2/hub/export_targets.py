@@ -8,7 +8,7 @@ from pathlib import Path
 from dinov2.errors import ConfigError
 from dinov2.hub import export_graphs as graphs
 from dinov2.hub.export_files import write_aside, write_json, write_pickle, write_safetensors
-from dinov2.hub.export_layout import Layout, Normalisation
+from dinov2.hub.export_layout import Layout, Normalisation, flat_weights
 from dinov2.hub.export_timm import timm_layout
 from dinov2.hub.export_transformers import transformers_layout
 from dinov2.models.companions import IMAGENET
@@ -39,7 +39,7 @@ class Target:
 def _write_state(
     write: Callable[..., None], model: DinoVisionTransformer, normalisation: Normalisation, path: Path
 ) -> list[str]:
-    write(model.state_dict(), path)
+    write(flat_weights(model), path)
     return []
 
 
@@ -108,7 +108,7 @@ def export(
     """Write a backbone for another program.
 
     Args:
-        model: The backbone, without block chunks, in the precision to write.
+        model: The backbone, in the precision to write.
         to: One of :data:`TARGETS`.
         output: The file, or for timm and transformers the folder.
         normalisation: What images have to be normalised with, noted where the target has a place for it.

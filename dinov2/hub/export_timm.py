@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov2.hub.export_layout import Layout, Normalisation, hidden_width, is_swiglu, with_biases
+from dinov2.hub.export_layout import Layout, Normalisation, flat_weights, hidden_width, is_swiglu, with_biases
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 # Registered constructors whose arguments model_args replace one by one. SwiGLU is a class, which JSON cannot
@@ -30,7 +30,7 @@ def timm_layout(model: DinoVisionTransformer, normalisation: Normalisation) -> L
         Models with registers have no position for the cls token there. It is the same for every image, so it
         becomes part of the token, which changes no output.
     """
-    state = {name: tensor for name, tensor in model.state_dict().items() if name != "mask_token"}
+    state = {name: tensor for name, tensor in flat_weights(model).items() if name != "mask_token"}
     notes = ["timm has no mask token, so that of the model is left out"]
     # timm has one switch for the biases of the output projection and of the feed-forward.
     state, added = with_biases(state, only_if_some=True)

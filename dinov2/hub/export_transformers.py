@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dinov2.errors import WeightsError
-from dinov2.hub.export_layout import Layout, Normalisation, hidden_width, is_swiglu, with_biases
+from dinov2.hub.export_layout import Layout, Normalisation, flat_weights, hidden_width, is_swiglu, with_biases
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 ROOT = {
@@ -42,7 +42,7 @@ def transformers_layout(model: DinoVisionTransformer, normalisation: Normalisati
     Raises:
         WeightsError: The feed-forward has a hidden width that no whole mlp_ratio leads to.
     """
-    state, added = with_biases(dict(model.state_dict()))
+    state, added = with_biases(flat_weights(model))
     notes = (
         ["transformers always has these biases, so zeros stand for those the model lacks"] if added else []
     )

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dinov2.errors import ConfigError, OutputError, UserError, WeightsError
-from dinov2.hub import export
-from dinov2.hub.export_files import write_aside
+from dinov2.hub import export, export_targets
+from dinov2.hub.export_files import write_aside, write_safetensors
 from dinov2.models.digest import tensors_digest
 from dinov2.models.pretrained import build_from_weights
 from tests.conftest import REPO
@@ -203,7 +203,7 @@ def test_files_are_named_with_their_checksums_and_the_snippet_runs(
     export.main(["--checkpoint", weights, "--to", to, "--output", f"new/{OUTPUTS[to]}", *SMALL])
     lines = capsys.readouterr().out.splitlines()
     written = dict(
-        re.match(r"wrote (\S+) \(\d+\.\d MiB, sha256 (\w{64})\)", line).groups()
+        re.match(r"wrote (\S+) \(\d+ bytes, sha256 (\w{64})\)", line).groups()
         for line in lines
         if "wrote" in line
     )
@@ -321,7 +321,7 @@ def test_a_full_disk_is_one_sentence(weights, tmp_path):
     code = f"""
 import resource
 from dinov2 import cli
-from dinov2.hub import export
+from dinov2.hub import export, export_targets
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 for arguments in {commands!r}:
     try:
@@ -343,3 +343,24 @@ def test_normalisation_of_published_models(real_vits14, weights, tmp_path, capsy
     assert "(0.229, 0.224, 0.225) (those of DINOv2 ViT-S/14)" in capsys.readouterr().out
     exported(weights, "timm", tmp_path / "other", *SMALL)
     assert "(0.229, 0.224, 0.225) (ImageNet's, as nothing says otherwise)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", READ_BACK)
+def test_a_model_in_memory_may_have_chunks(to, tmp_path):
+    model = variant(block_chunks=2)
+    files, _ = export_targets.export(model, to, tmp_path / OUTPUTS[to])
+    assert all(file.is_file() for file in files)
+    again = build_from_weights(str(tmp_path / OUTPUTS[to]), num_heads=HEADS)
+    assert (all_tokens(again, tile(SIZE)) - all_tokens(model, tile(SIZE))).abs().max() < 1e-6
+
+
+def test_tensors_that_share_memory_or_lie_crosswise_are_written_as_they_read(tmp_path):
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = {
+        "rows": base[:2],
+        "columns": base[:, 1:3].t(),
+        "crosswise": torch.arange(6.0).reshape(2, 3).t(),
+    }
+    write_safetensors(tensors, tmp_path / "a.safetensors")
+    read = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(tensor, read[name]) for name, tensor in tensors.items())
