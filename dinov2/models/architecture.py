@@ -167,4 +167,5 @@ class Architecture:
                     "only multiples of 8 can be built."
                 )
             return ratio * 1.5
-        return None if ratio == USUAL_MLP_RATIO else ratio
+        # Rounded up by a hair: the model multiplies and rounds down, which may otherwise miss by one.
+        return None if ratio == USUAL_MLP_RATIO else math.nextafter(ratio, math.inf)

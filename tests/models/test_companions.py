@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dinov2.errors import WeightsError
+from dinov2.layers import SwiGLUFFNFused
 from dinov2.models.architecture import Architecture
 from dinov2.models.companions import H_OPTIMUS, IMAGENET, published_like, read_companion
 from dinov2.models.pretrained import build_from_weights, load_backbone, open_weights
@@ -103,3 +104,24 @@ def test_what_the_source_states_counts_more_than_its_sizes(tmp_path, real_vits14
     link.symlink_to(real_vits14)
     beside(tmp_path, "config.json", {"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}})
     assert open_weights(str(link)).normalisation == ((0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(1408, 1414), (1152, 4304), (384, 1536), (1024, 3072)])
+def test_every_hidden_width_of_an_mlp_can_be_built(width, hidden):
+    shape = Architecture(width, 1, 14, 0, "mlp", hidden, True, True, True, True, num_heads=width // 32)
+    ratio = shape.student_options("x")["mlp_ratio"]
+    assert int(width * (ratio or 4)) == hidden
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(1280, 3416), (1536, 4096), (384, 1000), (1024, 2736)])
+def test_hidden_widths_of_swiglu_are_met(width, hidden):
+    shape = Architecture(width, 1, 14, 0, "swiglufused", hidden, True, True, True, True, num_heads=2)
+    ratio = shape.student_options("x")["mlp_ratio"]
+    layer = SwiGLUFFNFused(width, int(width * (ratio or 4)))
+    assert layer.w3.in_features == hidden
+
+
+def test_a_swiglu_that_cannot_be_built_is_refused():
+    shape = Architecture(384, 1, 14, 0, "swiglufused", 1001, True, True, True, True, num_heads=2)
+    with pytest.raises(WeightsError, match="only multiples of 8"):
+        shape.student_options("x")

@@ -26,6 +26,8 @@ def resident_bytes(which):
 
 build, folder, device = {"base": vit_base, "giant": vit_giant2}[sys.argv[1]], sys.argv[2], sys.argv[3]
 options = {"ffn_layer": "swiglufused"} if build is vit_giant2 else {}
+with torch.device(device):
+    build(depth=1, embed_dim=24, num_heads=2)  # PyTorch imports some hundred megabytes of code on the way
 before = resident_bytes("VmRSS")
 with torch.device(device):
     model = build(patch_size=14, img_size=224, init_values=1.0, block_chunks=0, **options)
