@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dinov2.errors import WeightsError
+from dinov2.models import transfer
 from dinov2.models.downloads import DownloadError, cache_path, fetch
 from dinov2.models.integrity import sha256_of
 
@@ -34,6 +35,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     """A running server with one file; ``server.requests`` is what it was asked for."""
     monkeypatch.setenv("DINOV2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(transfer, "PAUSE_SECONDS", 0.0)
     (tmp_path / "www").mkdir()
     (tmp_path / "www" / "weights.pth").write_bytes(CONTENT)
     handler = functools.partial(Handler, directory=str(tmp_path / "www"))
