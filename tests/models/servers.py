@@ -114,6 +114,6 @@ class Server(http.server.ThreadingHTTPServer):
 @contextlib.contextmanager
 def running(server: Server) -> Iterator[Server]:
     with server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
