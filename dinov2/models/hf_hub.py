@@ -117,7 +117,12 @@ def _fetch_one(name: HubName, file: str) -> Path:
     if not known and path.is_symlink():  # to a file named by the checksum, if it is a large one
         stated = path.readlink().name
         if re.fullmatch(r"[0-9a-f]{64}", stated):
-            check_digest(path, stated, str(name))
+            try:
+                check_digest(path, stated, str(name))
+            except WeightsError:  # the next call must not take it for a good copy
+                path.resolve().unlink()
+                path.unlink()
+                raise
     return path
 
 

@@ -199,6 +199,7 @@ def test_what_cannot_be_had_gets_one_sentence(hub, home):
         ("hf-hub:lab/several", None): ["a.pth, b.pth: name the file"],
         ("hf-hub:lab/partial", None): ["lacks model-2.safetensors"],
         ("hf-hub:lab/damaged", None): [f"sha256 {digest} instead of the expected {'0' * 64}"],
+        ("hf-hub:lab/damaged", "again"): [f"sha256 {digest} instead of the expected {'0' * 64}"],
         (f"hf-hub:lab/single#sha256={wrong}", None): [f"sha256 {digest} instead of the expected {wrong}"],
         ("hf-hub:single", None): ["hf-hub:owner/name[@revision]"],
     }
