@@ -1,7 +1,6 @@
 """Weights from the Hugging Face Hub, through its own library and cache."""
 
 import contextlib
-import json
 import logging
 import re
 import sys
@@ -12,9 +11,9 @@ from typing import NoReturn
 
 from dinov2.errors import WeightsError, nearest
 from dinov2.models.downloads import DownloadError
-from dinov2.models.folders import choose_file, no_choice
+from dinov2.models.folders import choose_file, no_choice, weight_files
 from dinov2.models.integrity import check_digest
-from dinov2.models.shards import INDEX_SUFFIX, read_index
+from dinov2.models.shards import INDEX_SUFFIX, read_index, read_table
 
 logger = logging.getLogger("dinov2")
 
@@ -23,6 +22,7 @@ NAME = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@/][^:@]*))?(:(?P<file>[^:/][^:]*))?", re.ASCII
 )
 CONFIG = "config.json"
+TIMEOUT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class HubName:
     def parse(cls, text: str) -> "HubName":
         """Read ``owner/name[@revision][:file/in/repository]``, or raise :class:`WeightsError`."""
         parts = NAME.fullmatch(text)
-        if parts is None or ".." in text.split("/"):
+        if parts is None or ".." in re.split("[/:@]", text):
             raise WeightsError(
                 f'"hf-hub:{text}" does not name a repository: expected is '
                 "hf-hub:owner/name[@revision][:file/in/repository], such as hf-hub:MahmoodLab/uni."
@@ -71,7 +71,8 @@ def fetch_from_hub(text: str, *, entry: str = "teacher") -> Path:
             '"pip install huggingface_hub", or give the path of a local copy.'
         ) from error
     try:
-        listed = huggingface_hub.HfApi().list_repo_files(name.repo, revision=name.revision)
+        info = huggingface_hub.HfApi().model_info(name.repo, revision=name.revision, timeout=TIMEOUT_SECONDS)
+        listed = [sibling.rfilename for sibling in info.siblings or []]
     except (
         Exception
     ) as error:  # of several libraries, depending on the version; all of them end in a sentence
@@ -80,7 +81,8 @@ def fetch_from_hub(text: str, *, entry: str = "teacher") -> Path:
             _refuse(name, error)
         logger.info("the Hub did not answer for %s (%s): using the cached copy", name, type(error).__name__)
         return cached
-    file = name.file or choose_file(listed, entry)
+    top = [file for file in listed if "/" not in file]
+    file = name.file or choose_file(top if weight_files(top) else listed, entry)
     if file is None:
         raise WeightsError(no_choice(f"The repository {name}", listed, entry))
     if file not in listed:
@@ -90,15 +92,15 @@ def fetch_from_hub(text: str, *, entry: str = "teacher") -> Path:
 
 def _download(name: HubName, file: str, listed: list[str]) -> Path:
     """Fetch a file with all that belongs to it."""
-    folder = file[: file.rfind("/") + 1]
+    config = file[: file.rfind("/") + 1] + CONFIG
     logger.info("%s: fetching %s from the Hugging Face Hub, unless it is cached", name, file)
     try:
         with _progress_on_terminals_only():
             path = _fetch_one(name, file)
-            for shard in _shards(path) if file.endswith(INDEX_SUFFIX) else ():
-                _fetch_one(name, folder + shard)
-            if folder + CONFIG in listed:
-                _fetch_one(name, folder + CONFIG)
+            for shard in _shards(name, file, path, listed) if file.endswith(INDEX_SUFFIX) else ():
+                _fetch_one(name, shard)
+            if config in listed:
+                _fetch_one(name, config)
     except WeightsError:
         raise
     except Exception as error:
@@ -115,17 +117,25 @@ def _fetch_one(name: HubName, file: str) -> Path:
     if not known and path.is_symlink():  # to a file named by the checksum, if it is a large one
         stated = path.readlink().name
         if re.fullmatch(r"[0-9a-f]{64}", stated):
-            check_digest(path, stated, str(name))
+            try:
+                check_digest(path, stated, str(name))
+            except WeightsError:  # the next call must not take it for a good copy
+                path.resolve().unlink()
+                path.unlink()
+                raise
     return path
 
 
-def _shards(index: Path) -> list[str]:
-    """Return the names in an index, whose files are not there yet."""
-    try:
-        return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        read_index(index)  # which says what is wrong with it
-        raise
+def _shards(name: HubName, file: str, index: Path, listed: list[str]) -> list[str]:
+    """Return the files that belong to an index, as the repository names them."""
+    folder = file[: file.rfind("/") + 1]
+    shards = sorted({folder + shard for shard in read_table(index)[0].values()})
+    lost = [shard for shard in shards if shard not in listed]
+    if lost:
+        raise WeightsError(
+            f"The repository {name.repo} lacks {', '.join(lost)}, which its index {file} names."
+        )
+    return shards
 
 
 def _cached(name: HubName, entry: str) -> Path | None:

@@ -17,6 +17,24 @@ def read_index(path: Path) -> tuple[dict[str, Path], dict[str, str]]:
     Raises:
         WeightsError: The file is no index, names files outside its folder, or some of them are missing.
     """
+    table, metadata = read_table(path)
+    files = {name: path.parent / name for name in sorted(set(table.values()))}
+    missing = [name for name, file in files.items() if not file.is_file()]
+    if missing:
+        shown = ", ".join(missing[:NAMES_SHOWN]) + (", ..." if len(missing) > NAMES_SHOWN else "")
+        raise WeightsError(
+            f'{len(missing)} of the {len(files)} files that "{path}" names are missing ({shown}): download '
+            "or copy them into the same folder."
+        )
+    return {tensor: files[name] for tensor, name in table.items()}, metadata
+
+
+def read_table(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return tensor name -> name of its file, which need not exist yet, and the words of the index.
+
+    Raises:
+        WeightsError: The file is no index, or names files outside its folder.
+    """
     if path.stat().st_size > INDEX_BYTES:
         raise damaged(path, f"an index of {path.stat().st_size} bytes")
     try:
@@ -29,20 +47,14 @@ def read_index(path: Path) -> tuple[dict[str, Path], dict[str, str]]:
             f'"{path}" is not the index of a checkpoint: expected is an entry "weight_map" with the file of '
             "every tensor, as transformers writes it."
         )
-    files = {name: path.parent / name for name in sorted(set(table.values())) if _is_inside(path, name)}
-    missing = [name for name, file in files.items() if not file.is_file()]
-    if missing:
-        shown = ", ".join(missing[:NAMES_SHOWN]) + (", ..." if len(missing) > NAMES_SHOWN else "")
-        raise WeightsError(
-            f'{len(missing)} of the {len(files)} files that "{path}" names are missing ({shown}): download '
-            "or copy them into the same folder."
-        )
+    for name in sorted(set(table.values())):
+        _check_inside(path, name)
     about = content.get("metadata") or {}
     metadata = {str(key): str(value) for key, value in about.items()} if isinstance(about, dict) else {}
-    return {tensor: files[name] for tensor, name in table.items()}, metadata
+    return table, metadata
 
 
-def _is_inside(path: Path, name: str) -> bool:
+def _check_inside(path: Path, name: str) -> None:
     """Raise if an index names a file that is not beside or below it, or another index."""
     parts = PurePosixPath(name.replace("\\", "/"))
     if parts.is_absolute() or not parts.parts or ".." in parts.parts or ":" in name or "\0" in name:
@@ -51,4 +63,3 @@ def _is_inside(path: Path, name: str) -> bool:
         )
     if name.endswith(INDEX_SUFFIX):
         raise WeightsError(f'The index "{path}" names another index, "{name}": it is not loaded.')
-    return True

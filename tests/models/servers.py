@@ -45,12 +45,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         served = self.server.find(self)
         status = served.status.pop(0) if served and served.status else None
         if served is None or status:
-            self.send_error(status or 404)
+            self._refuse(status or 404, served.headers if served else {})
             return
         start = self._start(served)
         body = served.content[start:]
         if start and not body:
-            self.send_error(416)
+            self._refuse(416, {})
             return
         self.send_response(206 if start else 200)
         if start:
@@ -64,7 +64,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
+            self.server.sent.append(self.path)
             self._send(served, body)
+
+    def _refuse(self, status, headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": "0", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
 
     def _start(self, served):
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -88,12 +95,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves ``files`` (path -> :class:`Served`); ``requests`` lists paths and headers asked for."""
+    """Serves ``files`` (path -> :class:`Served`).
+
+    ``requests`` lists paths and headers asked for, ``sent`` the paths whose content was sent.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, Served] = {}
         self.requests: list[tuple[str, dict[str, str]]] = []
+        self.sent: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def find(self, handler) -> Served | None:
@@ -103,6 +114,6 @@ class Server(http.server.ThreadingHTTPServer):
 @contextlib.contextmanager
 def running(server: Server) -> Iterator[Server]:
     with server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()

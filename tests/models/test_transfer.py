@@ -41,6 +41,8 @@ def test_a_dropped_connection_is_continued_where_it_stopped(server, partial, mar
     server.files["/a.pth"] = Served(CONTENT, cuts=[1000, 700_000], **marks)
     assert get(server, partial) == CONTENT
     assert asked_ranges(server) == [None, "bytes=1000-", "bytes=701000-"]
+    conditions = [headers.get("If-Range") for _, headers in server.requests]
+    assert conditions == [None, *[marks["tag"] or marks["date"]] * 2]
 
 
 def test_many_drops_are_endured_as_long_as_bytes_arrive(server, partial):
