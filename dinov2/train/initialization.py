@@ -8,6 +8,7 @@ from torch import nn
 
 from dinov2.errors import ConfigError, WeightsError
 from dinov2.models.pretrained import load_backbone, load_head
+from dinov2.train.initial_weights import InitialWeights, Part, fingerprint
 
 logger = logging.getLogger("dinov2")
 
@@ -27,29 +28,40 @@ def pretrained_source(cfg: DictConfig) -> str:
     return next(iter(named.values()), "")
 
 
-def load_initial_weights(student: nn.ModuleDict, teacher: nn.ModuleDict, cfg: DictConfig) -> set[str]:
+def load_initial_weights(student: nn.ModuleDict, teacher: nn.ModuleDict, cfg: DictConfig) -> InitialWeights:
     """Load what the config names into the networks.
 
     The backbone goes into the student, from which the teacher copies it. Heads come in pairs from
     ``head.head_path``.
 
     Returns:
-        Names of the teacher submodules that were loaded and must not be overwritten by the student's.
+        What was loaded; teacher submodules among it must not be overwritten by the student's.
 
     Raises:
         WeightsError: if a file is missing or does not fit.
     """
+    parts = {}
     source = pretrained_source(cfg)
     if source:
-        load_backbone(student["backbone"], source)
+        backbone = student["backbone"]
+        report = load_backbone(backbone, source)
+        state = backbone.state_dict()
+        loaded = sum(state[name].numel() for name in report.loaded)
+        parts["student.backbone"] = Part(
+            source=report.source,
+            share=loaded / sum(tensor.numel() for tensor in state.values()),
+            missing=report.missing,
+            fingerprint=fingerprint(backbone),
+            resampled=report.resampled,
+        )
     else:
         logger.info("student backbone: random weights (student.pretrained_weights is empty)")
-    if not cfg.head.head_path:
-        return set()
-    return _load_heads(student, teacher, Path(cfg.head.head_path))
+    if cfg.head.head_path:
+        parts |= _load_heads(student, teacher, Path(cfg.head.head_path))
+    return InitialWeights(parts)
 
 
-def _load_heads(student: nn.ModuleDict, teacher: nn.ModuleDict, folder: Path) -> set[str]:
+def _load_heads(student: nn.ModuleDict, teacher: nn.ModuleDict, folder: Path) -> dict[str, Part]:
     if not folder.is_dir():
         raise WeightsError(
             f"head.head_path is {str(folder)!r}, which is not a folder; name a folder such as "
@@ -67,6 +79,11 @@ def _load_heads(student: nn.ModuleDict, teacher: nn.ModuleDict, folder: Path) ->
             f"head.head_path {str(folder)!r} lacks {', '.join(missing)}; student and teacher heads are "
             "needed together for every head the config trains (see ibot.separate_head)."
         )
+    parts = {}
     for (network, head), path in files.items():
-        load_head((student if network == "student" else teacher)[head], str(path), f"{network}_{head}")
-    return set(wanted)
+        module = (student if network == "student" else teacher)[head]
+        load_head(module, str(path), f"{network}_{head}")
+        parts[f"{network}.{head}"] = Part(
+            source=str(path), share=1.0, missing=[], fingerprint=fingerprint(module)
+        )
+    return parts

@@ -122,7 +122,7 @@ class SSLMetaArch(nn.Module):
         if self.do_ibot:
             self.ibot_patch_loss = iBOTPatchLoss(self.ibot_out_dim)
 
-        self.teacher_parts_loaded = load_initial_weights(self.student, self.teacher, cfg)
+        self.initial_weights = load_initial_weights(self.student, self.teacher, cfg)
         self.precision = Precision(cfg.compute_precision, torch.device("cpu"))
         self.fp16_scaler: ShardedGradScaler | None = None
 
@@ -324,7 +324,7 @@ class SSLMetaArch(nn.Module):
                 "build its heads with use_bn=False."
             )
         for name, module in self.student.items():
-            if name not in self.teacher_parts_loaded:
+            if f"teacher.{name}" not in self.initial_weights.parts:
                 self.teacher[name].load_state_dict(module.state_dict())
         if distributed.is_enabled():
             logger.info("every process holds the whole model; sharding_strategy has no effect yet")
