@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from dinov2.configs import resolve_config
 from dinov2.train import SSLMetaArch
 from dinov2.train.initial_weights import InitialWeights, Part, fingerprint
 from dinov2.train.input import build_dataset
@@ -18,9 +19,11 @@ from dinov2.train.self_check import Line, SelfCheck, SelfCheckError, enforce, ru
 from dinov2.train.self_check.images import measure_constants
 from dinov2.train.self_check.learning import peak_rates
 from dinov2.train.self_check.losses import fresh_range
+from dinov2.train.self_check.probe import find_start
 from dinov2.train.self_check.record import merge
 from dinov2.utils.config import apply_scaling_rules_to_cfg
 from dinov2.utils.seeding import seed_everything
+from tests.conftest import REPO
 
 HOPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 
@@ -87,6 +90,8 @@ HEALTHY = {
     "no-dino": ["dino.loss_weight=0"],
     "rising-drop-path": ["student.drop_path_uniform=false"],
     "no-drop-path": ["student.drop_path_rate=0"],
+    "one-block": ["student.depth=1", "student.drop_path_uniform=false"],
+    "tiny-lr": ["optim.base_lr=1e-9"],
     "no-decay": ["optim.layerwise_decay=1"],
     "small-layerscale": ["student.layerscale=1e-5"],
     "one-image": ["train.batch_size_per_gpu=1"],
@@ -103,6 +108,42 @@ def test_a_healthy_start_has_nothing_wrong(start, overrides):
     check = start(*overrides).check()
     assert check.wrong == []
     assert len(check.lines) > 20
+
+
+RECIPES = sorted(path.stem for path in (REPO / "dinov2" / "configs" / "train").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_starts(recipe, tile_folder, tmp_path):
+    """At a reduced size, which the checks do not look at."""
+    sizes = {
+        "student.embed_dim": 48,
+        "student.depth": 4,
+        "student.num_heads": 3,
+        "train.batch_size_per_gpu": 2,
+    }
+    heads = {"n_prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 256}
+    sizes |= {f"{part}.head_{key}": value for part in ("dino", "ibot") for key, value in heads.items()}
+    overrides = [f"{key}={value}" for key, value in sizes.items()]
+    file = REPO / "dinov2" / "configs" / "train" / f"{recipe}.yaml"
+    cfg = resolve_config(str(file), [*overrides, f"train.dataset_path=ImageFolder:root={tile_folder}"])
+    check = Run(cfg, tmp_path / "run").check()
+    assert check.wrong == [], check.table()
+
+
+def test_a_start_from_the_real_vit_s_has_nothing_wrong(real_vits14, tile_folder, tmp_path):
+    overrides = [f"student.pretrained_weights={real_vits14}", "student.drop_path_rate=0.1"]
+    overrides += [f"train.dataset_path=ImageFolder:root={tile_folder}", "dino.head_n_prototypes=4096"]
+    file = REPO / "dinov2" / "configs" / "train" / "vits14-quickstart.yaml"
+    run = Run(resolve_config(str(file), overrides), tmp_path / "run")
+    check = run.check()
+    assert check.wrong == [], check.table()
+    assert verdict(check, "weights: student.backbone")[1].startswith("100.00% loaded")
+    assert verdict(check, "unchanged: student.backbone") == ("ok", "as it was loaded")
+    assert "37x37 -> 8x8" in verdict(check, "resampled: pos_embed")[1]
+    assert content_of(check, "first DINO loss")["ln_prototypes"] == pytest.approx(math.log(4096))
+    run.student.blocks[11].mlp.fc2.bias.data[7] += 1e-3
+    assert names(run.check().wrong) == {"unchanged: student.backbone", "teacher: backbone"}
 
 
 def test_the_table_and_the_file_say_what_was_found(start, tmp_path, caplog):
@@ -575,10 +616,8 @@ def test_constants_are_measured_on_any_transform(start, constants):
 def test_rates_agree_with_the_optimizer_itself(start):
     run = start("student.block_chunks=2", "optim.layerwise_decay=0.5")
 
-    class Seen:
-        cfg, model, optimizer, start_iteration = run.cfg, run.model, run.optimizer, 0
-
-    rates = {rate.name: rate.lr for rate in peak_rates(Seen)}
+    probed = find_start(run.cfg, run.model, run.optimizer, run.dataset, run.initial, 0)
+    rates = {rate.name: rate.lr for rate in peak_rates(probed)}
     assert rates["backbone.blocks.1.1.norm1.weight"] == pytest.approx(run.cfg.optim.lr * 0.5)
     assert rates["backbone.blocks.0.0.norm1.weight"] == pytest.approx(run.cfg.optim.lr * 0.25)
     assert len(rates) == sum(len(g["params"]) for g in run.optimizer.param_groups)

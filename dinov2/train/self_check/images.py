@@ -1,6 +1,5 @@
 """Are the crops, their normalisation and the tiles themselves those that the config and the weights mean?"""
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +10,6 @@ from torch import nn
 
 from dinov2 import distributed
 from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from dinov2.train.input import ReproducibleSamples
 from dinov2.train.self_check.probe import Start
 from dinov2.train.self_check.record import Line
 
@@ -148,8 +146,7 @@ def _named(constants: Constants) -> str:
 
 def check_duplicates(start: Start) -> Iterator[Line]:
     """Look for tiles that come twice among the first of all processes; every process gets the same answer."""
-    own = [(index, _digest(start.dataset, index)) for _, index in start.keys]
-    tiles = [tile for tiles in distributed.all_gather_objects(own) for tile in tiles]
+    tiles = [tile for tiles in distributed.all_gather_objects(start.tiles) for tile in tiles]
     yield _duplicates(tiles, len(start.dataset))
 
 
@@ -164,11 +161,3 @@ def _duplicates(tiles: Sequence[tuple[int, str]], dataset_length: int) -> Line:
         text = f"of the first {len(tiles)} tiles {repeats} come twice and {copies} equal another one"
         return Line(name, "note", text, values)
     return Line(name, "ok", f"none among the first {len(tiles)}", values)
-
-
-def _digest(dataset: Any, index: int) -> str:
-    """A digest of a tile's file, or of its first crop drawn from fixed random numbers."""
-    if hasattr(dataset, "get_image_data"):
-        return hashlib.sha256(dataset.get_image_data(index)).hexdigest()
-    crops = ReproducibleSamples(dataset, seed=0, rank=0)[(0, index)][0]
-    return hashlib.sha256(crops["global_crops"][0].contiguous().numpy().tobytes()).hexdigest()

@@ -163,6 +163,9 @@ def _peak(start: Start, rates: list[Rate]) -> Line:
             f"{optim.base_lr:g} for {batch} images per iteration{_reference_in_use(start, batch)}"
         )
         return Line(name, "wrong", text, values)
+    if optim.min_lr > optim.lr:
+        text = f"rises from optim.lr {optim.lr:.4g} to optim.min_lr {optim.min_lr:.4g}, which is larger"
+        return Line(name, "note", text, values)
     text = f"peak {actual:.4g}: {optim.scaling_rule} of optim.base_lr {optim.base_lr:g} for {batch} images"
     return Line(name, "ok", text, values)
 

@@ -3,6 +3,7 @@
 Shapes: B images per process, L local crops per image, N patches of a global crop, R registers, D width.
 """
 
+import hashlib
 import random
 import re
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dinov2 import distributed
+from dinov2.errors import ImageReadError
 from dinov2.loss.centering import CenteredLoss
 from dinov2.train.initial_weights import InitialWeights
 from dinov2.train.input import ReproducibleSamples, build_collate, build_sampler
@@ -42,8 +44,8 @@ class Start:
     dataset: Dataset
     initial: InitialWeights
     start_iteration: int
-    keys: list[tuple[int, int]]  # positions in the run and indices into the dataset
-    images: dict[str, Any]  # collated
+    tiles: list[tuple[int, str]]  # the first ones: index into the dataset, digest of the picture
+    images: dict[str, Any]  # the first few of them, collated
 
     @property
     def is_fresh(self) -> bool:
@@ -82,13 +84,29 @@ def find_start(
     initial: InitialWeights,
     start_iteration: int,
 ) -> Start:
-    """Fetch the first images of this process's stream, as the loader would."""
+    """Fetch the first images of this process's stream, as the loader would.
+
+    Raises:
+        DatasetError: an image cannot be read.
+    """
     sampler = build_sampler(cfg, dataset, start_iteration)
     keys = list(islice(sampler, min(IMAGES_COMPARED, cfg.train.batch_size_per_gpu)))
     samples = ReproducibleSamples(dataset, cfg.train.seed, distributed.get_global_rank())
     collate = build_collate(cfg, model.precision.input_dtype)
     images = collate([samples[key] for key in keys[:IMAGES_RUN]])
-    return Start(cfg, model, optimizer, dataset, initial, start_iteration, keys, images)
+    tiles = [(index, _digest(dataset, index)) for _, index in keys]
+    return Start(cfg, model, optimizer, dataset, initial, start_iteration, tiles, images)
+
+
+def _digest(dataset: Any, index: int) -> str:
+    """A digest of a tile's file, or of its first crop drawn from fixed random numbers."""
+    if not hasattr(dataset, "get_image_data"):
+        crops = ReproducibleSamples(dataset, seed=0, rank=0)[(0, index)][0]
+        return hashlib.sha256(crops["global_crops"][0].contiguous().numpy().tobytes()).hexdigest()
+    try:
+        return hashlib.sha256(dataset.get_image_data(index)).hexdigest()
+    except OSError as error:
+        raise ImageReadError(f"can not read image for sample {index}: {error}") from error
 
 
 def run_student(start: Start) -> Passes:
