@@ -22,12 +22,14 @@ EXTRAS = {
     "cuda": ["xformers>=0.0.35"],
     "eval": ["scikit-learn>=1.5"],
     "slides": ["openslide-python>=1.4", "openslide-bin>=4.0"],
-    "onnx": ["onnx>=1.17"],
+    "onnx": ["onnx>=1.17", "onnxscript>=0.7"],
+    "hub": ["huggingface_hub>=0.34"],
 }
 EXTRAS["dev"] = [
     *EXTRAS["eval"],
     *EXTRAS["slides"],
     *EXTRAS["onnx"],
+    *EXTRAS["hub"],
     "onnxruntime>=1.20",
     "pytest>=8.3",
     "pytest-xdist>=3.6",

@@ -91,7 +91,7 @@ def test_set_up_script_and_conda_agree_on_torch(pins):
 
 def test_dev_contains_what_the_tests_of_every_extra_need(arguments):
     extras = arguments["extras_require"]
-    assert set(extras["dev"]) >= {line for name in ("eval", "slides", "onnx") for line in extras[name]}
+    assert set(extras["dev"]) >= {line for name in ("eval", "slides", "onnx", "hub") for line in extras[name]}
 
 
 def imports_of(path):

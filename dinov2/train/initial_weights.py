@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from dinov2.models.report import LoadReport
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -34,9 +36,15 @@ class Part:
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """The loaded submodules by name, e.g. ``student.backbone``; a name that is absent has random weights."""
+    """The loaded submodules by name, e.g. ``student.backbone``; a name that is absent has random weights.
+
+    Attributes:
+        parts: What each of them took.
+        reports: The same tensor by tensor.
+    """
 
     parts: dict[str, Part] = field(default_factory=dict)
+    reports: dict[str, LoadReport] = field(default_factory=dict)
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dinov2.errors import WeightsError
-from dinov2.models.downloads import DownloadError, cache_path, fetch, sha256_of
+from dinov2.models.downloads import DownloadError, cache_path, fetch
+from dinov2.models.integrity import sha256_of
 
 CONTENT = bytes(range(256)) * 20_000  # more than one block
 

@@ -517,6 +517,37 @@ def test_a_resumed_run_raises_no_false_alarm(start):
     assert names(run.check(start_iteration=2).wrong) >= {"unchanged: student.backbone"}
 
 
+@pytest.mark.parametrize("on_missing", ["stop", "reinit"])
+def test_a_run_that_goes_on_from_an_earlier_one(tiny, tmp_path, on_missing):
+    """Real files: backbone, heads and centres of an export; a head that it lacks is reported."""
+    separate = on_missing == "reinit"
+    tiny.start(tmp_path / "first", "optim.max_iterations=3")
+    exports = tmp_path / "first" / "eval" / "training_2"
+    cfg = tiny.resolve(
+        f"head.head_path={exports}", f"head.on_missing={on_missing}", f"ibot.separate_head={separate}"
+    )
+    cfg.optim.start_iter = 3
+    run = Run(cfg, tmp_path / "run")
+    check = run.check(start_iteration=3)
+    assert check.wrong == [], check.table()
+    loaded = ("unchanged: student.backbone", "unchanged: student.dino_head", "head: dino_head")
+    assert {verdict(check, name)[0] for name in loaded} == {"ok"}
+    for part in ("backbone", "dino_head"):
+        assert "as it was loaded" in verdict(check, f"teacher: {part}")[1]
+        assert any(
+            not torch.equal(one, other)
+            for one, other in zip(
+                run.model.student[part].parameters(), run.model.teacher[part].parameters(), strict=True
+            )
+        )
+    if separate:
+        assert verdict(check, "head: ibot_head")[0] == "note"
+    for name in ("backbone", "dino_head"):
+        run.model.teacher[name].load_state_dict(run.model.student[name].state_dict())
+    overwritten = {"teacher: backbone", "teacher: dino_head"}
+    assert names(run.check(start_iteration=3).wrong) == overwritten
+
+
 def test_what_the_config_freezes_is_no_alarm(start):
     run = start()
     for name, parameter in run.student.named_parameters():
