@@ -519,12 +519,13 @@ def test_a_resumed_run_raises_no_false_alarm(start):
 
 @pytest.mark.parametrize("on_missing", ["stop", "reinit"])
 def test_a_run_that_goes_on_from_an_earlier_one(tiny, tmp_path, on_missing):
-    """Real files: backbone, heads and centres of an export; a head that it lacks is reported."""
+    """Real files: backbones and heads of an export; a head that it lacks is reported."""
     separate = on_missing == "reinit"
     tiny.start(tmp_path / "first", "optim.max_iterations=3")
     exports = tmp_path / "first" / "eval" / "training_2"
     cfg = tiny.resolve(
-        f"head.head_path={exports}", f"head.on_missing={on_missing}", f"ibot.separate_head={separate}"
+        *(f"head.head_path={exports}", f"head.on_missing={on_missing}", f"ibot.separate_head={separate}"),
+        f"train.centering={'sinkhorn_knopp' if separate else 'centering'}",
     )
     cfg.optim.start_iter = 3
     run = Run(cfg, tmp_path / "run")
