@@ -90,6 +90,7 @@ HEALTHY = {
     "no-dino": ["dino.loss_weight=0"],
     "rising-drop-path": ["student.drop_path_uniform=false"],
     "no-drop-path": ["student.drop_path_rate=0"],
+    "no-temperature-warm-up": ["teacher.warmup_teacher_temp=0.2", "teacher.warmup_teacher_temp_epochs=0"],
     "one-block": ["student.depth=1", "student.drop_path_uniform=false"],
     "tiny-lr": ["optim.base_lr=1e-9"],
     "no-decay": ["optim.layerwise_decay=1"],

@@ -37,13 +37,11 @@ def check_temperatures(start: Start) -> Iterator[Line]:
     """Is the teacher sharper than the student, so that there is something to learn from it?"""
     teacher = start.cfg.teacher
     student_temp, name = _student_temp(start), "temperatures"
-    highest = max(teacher.teacher_temp, teacher.warmup_teacher_temp)
-    values = {
-        "student": student_temp,
-        "teacher_at_start": teacher.warmup_teacher_temp,
-        "teacher": teacher.teacher_temp,
-    }
-    text = f"teacher {teacher.warmup_teacher_temp:g} to {teacher.teacher_temp:g}, student {student_temp:g}"
+    warms_up = teacher.warmup_teacher_temp_epochs > 0
+    first = teacher.warmup_teacher_temp if warms_up else teacher.teacher_temp
+    highest = max(teacher.teacher_temp, first)
+    values = {"student": student_temp, "teacher_at_start": first, "teacher": teacher.teacher_temp}
+    text = f"teacher {first:g} to {teacher.teacher_temp:g}, student {student_temp:g}"
     if math.isclose(highest, student_temp):
         text += ": the teacher becomes no sharper than the student; DINOv2's teacher.teacher_temp is 0.07"
         yield Line(name, "note", text, values)
