@@ -75,6 +75,10 @@ def verdict(check, name) -> tuple[str, str]:
     return line.status, line.text
 
 
+def content_of(check, name):
+    return next(line.values for line in check.lines if line.name == name)
+
+
 def names(lines) -> set[str]:
     return {line.name for line in lines}
 
@@ -167,10 +171,6 @@ def test_the_table_and_the_file_say_what_was_found(start, tmp_path, caplog):
     assert verdict(check, "masks")[1].startswith(
         f"{int(content_of(check, 'masks')['masked'])} patches masked"
     )
-
-
-def content_of(check, name):
-    return next(line.values for line in check.lines if line.name == name)
 
 
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])

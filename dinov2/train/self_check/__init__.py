@@ -106,7 +106,7 @@ def _find_start_together(*args) -> Start:
         problem = error
     problems = [found for found in distributed.all_gather_objects(problem) if found is not None]
     if problems:
-        raise problems[0] from problem
+        raise problems[0]
     return start
 
 
