@@ -42,6 +42,7 @@ from dinov2.train.optimizer import (
 )
 from dinov2.train.run_length import describe_run_length, settle_run_length, total_iterations
 from dinov2.train.schedules import ScheduleValues, build_schedulers
+from dinov2.train.self_check import enforce, run_self_check
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.config import setup, write_config
 from dinov2.utils.device import resolve_device
@@ -160,6 +161,7 @@ def do_train(
 
     Raises:
         NonFiniteLossError: naming iteration and losses; the last checkpoint is intact.
+        SelfCheckError: the run would not do what its config says (``train.self_check`` stop).
     """
     model.train()
     dataset = build_dataset(cfg) if dataset is None else dataset
@@ -188,6 +190,10 @@ def do_train(
             "a batch of %d images repeats some of the %d tiles", images_per_iteration, len(dataset)
         )
     restored.checkpointer.rehearse(iteration=start_iteration)
+    check = run_self_check(
+        cfg, model, optimizer, dataset, initial=model.initial_weights, start_iteration=start_iteration
+    )
+    enforce(check, cfg.train.self_check)
     loader = build_data_loader(cfg, dataset, start_iteration, model.precision.input_dtype)
     batches = metrics.log_every(
         loader,
