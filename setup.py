@@ -22,13 +22,15 @@ EXTRAS = {
     "cuda": ["xformers>=0.0.35"],
     "eval": ["scikit-learn>=1.5"],
     "slides": ["openslide-python>=1.4", "openslide-bin>=4.0"],
-    "onnx": ["onnx>=1.17"],
-    "lora": ["peft>=0.17"],
+    "onnx": ["onnx>=1.17", "onnxscript>=0.7"],
+    "hub": ["huggingface_hub>=0.34"],
+    "lora": ["peft>=0.18"],  # 0.17 cannot be imported beside transformers 5
 }
 EXTRAS["dev"] = [
     *EXTRAS["eval"],
     *EXTRAS["slides"],
     *EXTRAS["onnx"],
+    *EXTRAS["hub"],
     *EXTRAS["lora"],
     "onnxruntime>=1.20",
     "pytest>=8.3",

@@ -28,6 +28,11 @@ def run(main: Callable[..., Any], *args: Any) -> None:
         sys.exit(1)
 
 
+def say(text: str) -> None:
+    """Print a line of a command's result."""
+    print(text, flush=True)
+
+
 def _sentence(error: UserError) -> str:
     """Return the error's text; one that a loader's worker passed on carries a traceback in front of it."""
     text = str(error)

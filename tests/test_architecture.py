@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "distributed": "",
     "layers": "",
     "models": "layers",
+    "models.inspect": "cli layers models",
     "loss": "distributed",
     "logging": "distributed",
     "fsdp": "distributed",
@@ -26,6 +27,7 @@ MAY_IMPORT = {
     "utils.config": "configs distributed logging utils",
     "data": "cli distributed utils",
     "hub": "layers models",
+    "hub.export": "cli hub layers models",
     "eval": "cli configs data distributed layers logging models utils utils.config",
     "train": "cli configs data distributed fsdp layers logging loss models utils utils.config",
     "run": "cli configs data distributed eval logging train utils",
@@ -143,8 +145,19 @@ def test_imports_are_absolute():
 
 
 def test_optional_packages_are_imported_where_they_are_used():
-    names = "xformers sklearn openslide onnx timm transformers submitit wandb peft"
-    optional = set(names.split())
+    optional = {
+        "xformers",
+        "sklearn",
+        "openslide",
+        "onnx",
+        "onnxscript",
+        "timm",
+        "transformers",
+        "submitit",
+        "wandb",
+        "huggingface_hub",
+        "peft",
+    }
     found = [
         f"{relative(path)}:{node.lineno} {name}"
         for path in SOURCES

@@ -62,8 +62,7 @@ def ordered_pairs(values: Values) -> Iterator[Finding]:
 def architecture(values: Values) -> Iterator[Finding]:
     arch = values["student.arch"].removesuffix("_memeff")
     if arch == AUTO:
-        yield from _auto(values)
-        return
+        return  # everything is read from the weights, once they are opened
     if arch not in ARCHITECTURE_SIZES:
         accepted = (*ARCHITECTURE_SIZES, AUTO)
         known = ", ".join(f'"{name}"' for name in accepted)
@@ -82,15 +81,6 @@ def architecture(values: Values) -> Iterator[Finding]:
         yield Finding(
             f"student.block_chunks {chunks} does not divide the {depth} blocks of {arch}: "
             f"set it to 0 or one of {_divisors(depth)}"
-        )
-
-
-def _auto(values: Values) -> Iterator[Finding]:
-    keys = ("student.pretrained_weights", "train.init_weights_from_chkpt", "head.head_path")
-    if not any(values[key] for key in keys):
-        yield warn(
-            "student.arch is auto, which reads the architecture from weights, and the config names none: "
-            "set student.pretrained_weights"
         )
 
 

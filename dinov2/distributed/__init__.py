@@ -21,6 +21,7 @@ logger = logging.getLogger("dinov2")
 T = TypeVar("T")
 
 __all__ = [
+    "all_gather_objects",
     "all_reduce_max_",
     "all_reduce_sum_",
     "barrier",
@@ -181,6 +182,15 @@ def broadcast_object(obj: T, src: int = 0) -> T:
     box = [obj]
     dist.broadcast_object_list(box, src=src, device=collective_device())
     return box[0]
+
+
+def all_gather_objects(obj: T) -> list[T]:
+    """Return what every process passed (any picklable value), in the order of their ranks."""
+    if not is_enabled():
+        return [obj]
+    gathered: list[T | None] = [None] * get_global_size()
+    dist.all_gather_object(gathered, obj)
+    return gathered
 
 
 def barrier() -> None:

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from torch.backends import cudnn
 
+from dinov2.errors import ConfigError
 from dinov2.models import build_model_from_cfg
+from dinov2.models.auto import AUTO, settle_architecture
+from dinov2.models.pretrained import load_backbone, open_weights
 from dinov2.utils.config import setup
 from dinov2.utils.device import resolve_device
-from dinov2.utils.utils import load_pretrained_weights
 
 logger = logging.getLogger("dinov2")
 
@@ -52,9 +54,22 @@ def build_model_for_eval(config: Any, pretrained_weights: str | None) -> nn.Modu
     Raises:
         WeightsError: The weights cannot be read or do not fit.
     """
+    weights = open_weights(pretrained_weights, "teacher") if pretrained_weights else None
+    if config.student.arch == AUTO and weights is None:
+        raise ConfigError(
+            "student.arch is auto, but there are no weights to read the architecture from: give "
+            "--pretrained-weights, or name the architecture"
+        )
+    if weights is not None:
+        settle_architecture(config.student, weights)
     model, _ = build_model_from_cfg(config, only_teacher=True)
-    if pretrained_weights:
-        load_pretrained_weights(model, pretrained_weights, "teacher")
+    if weights is not None:
+        load_backbone(
+            model,
+            weights,
+            pos_embed=config.student.pos_embed_resampling,
+            patch_embed=config.student.patch_embed_resampling,
+        )
     else:
         logger.warning("no --pretrained-weights given: the network is random, its scores are a baseline")
     return model.eval().requires_grad_(False).to(resolve_device(config.train.device))

@@ -1,5 +1,6 @@
 """The eight released backbones: four sizes with patch 14, each with and without four register tokens."""
 
+import math
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 from dinov2.errors import WeightsError, nearest
 from dinov2.hub.utils import release_url
 from dinov2.models import ARCHITECTURES
-from dinov2.models.pretrained import load_backbone
+from dinov2.models.conversion import is_square
+from dinov2.models.pretrained import load_backbone, open_weights
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 PATCH_SIZE = 14
@@ -54,7 +56,8 @@ def released_backbone(
             without offset.
         pretrained: Load weights; otherwise they are random.
         weights: ``LVD142M`` for the release, or the path or address of other weights for this architecture.
-        kwargs: Further options of :class:`DinoVisionTransformer`, in place of the released ones.
+        kwargs: Further options of :class:`DinoVisionTransformer`, in place of the released ones. Positions
+            keep the grid they are stored with, unless ``img_size`` is given.
 
     Raises:
         WeightsError: The weights cannot be had or do not fit.
@@ -73,9 +76,13 @@ def released_backbone(
         "interpolate_antialias": registers,
         "interpolate_offset": 0.0 if registers else 0.1,
     }
+    if not pretrained:
+        return ARCHITECTURES[arch_name](**{**options, **kwargs})
+    opened = open_weights(source)
+    if is_square(opened.patches or 0):  # resampling there and back again would change a finetuned model
+        options["img_size"] = math.isqrt(opened.patches) * PATCH_SIZE
     model = ARCHITECTURES[arch_name](**{**options, **kwargs})
-    if pretrained:
-        load_backbone(model, source)
+    load_backbone(model, opened)
     return model
 
 

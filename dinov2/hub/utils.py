@@ -6,21 +6,9 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_DINOV2_BASE_URL = "https://dl.fbaipublicfiles.com/dinov2"
+from dinov2.models.releases import _DINOV2_BASE_URL, _make_dinov2_model_name, release_url
 
-
-def _make_dinov2_model_name(arch_name: str, patch_size: int, num_register_tokens: int = 0) -> str:
-    """Return the released name of an architecture, such as ``dinov2_vits14_reg4`` for ``vit_small``."""
-    registers = f"_reg{num_register_tokens}" if num_register_tokens else ""
-    size = arch_name.removeprefix("vit_")[0]
-    return f"dinov2_vit{size}{patch_size}{registers}"
-
-
-def release_url(arch_name: str, patch_size: int, num_register_tokens: int, suffix: str) -> str:
-    """Return the address of a released file; the folder carries no register suffix, the file does."""
-    folder = _make_dinov2_model_name(arch_name, patch_size)
-    file = _make_dinov2_model_name(arch_name, patch_size, num_register_tokens)
-    return f"{_DINOV2_BASE_URL}/{folder}/{file}_{suffix}.pth"
+__all__ = ["_DINOV2_BASE_URL", "CenterPadding", "_make_dinov2_model_name", "release_url"]
 
 
 class CenterPadding(nn.Module):

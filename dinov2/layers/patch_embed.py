@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.errors import ConfigError
@@ -18,6 +20,30 @@ def make_2tuple(x: int | tuple[int, int]) -> tuple[int, int]:
     if isinstance(x, tuple) and len(x) == 2:
         return x
     raise TypeError(f"a size must be an integer or a tuple (height, width), not {x!r}")
+
+
+def resample_patch_embedding(weight: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Fit a patch embedding to patches of another size by the pseudo-inverse of resizing (FlexiViT).
+
+    Resizing a patch is a linear map ``B`` of its pixels (bicubic, antialiased). The new weights are those
+    whose products with resized patches come closest to the old products with the original ones,
+    ``pinv(B^T) w``: equal where the patch grows, least squares where it shrinks (Beyer et al. 2023,
+    arXiv:2212.08013, section 3.4).
+
+    Args:
+        weight: ``[D, C, p, p]``.
+        patch_size: rows and columns wanted, pixels.
+
+    Returns:
+        ``[D, C, *patch_size]`` in the dtype of ``weight``.
+    """
+    pixels = weight.shape[-2] * weight.shape[-1]
+    # Every row is one unit pixel; resizing them all writes out the matrix of the map.
+    units = torch.eye(pixels, dtype=torch.float64).view(pixels, 1, *weight.shape[-2:])
+    resized = F.interpolate(units, size=patch_size, mode="bicubic", antialias=True)
+    inverse = torch.linalg.pinv(resized.flatten(1))  # [new pixels, old pixels]
+    fitted = weight.double().flatten(2) @ inverse.T  # [D, C, new pixels]
+    return fitted.unflatten(2, patch_size).to(weight.dtype)
 
 
 class PatchEmbed(nn.Module):

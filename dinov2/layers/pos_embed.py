@@ -46,3 +46,32 @@ def resample_positions(
             f"{tuple(patches.shape[-2:])} instead of {grid}; use 0.1 or 0"
         )
     return torch.cat([cls_position, patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def crop_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Cut the middle out of position embeddings, so that every patch keeps its neighbours' distances.
+
+    For images of fewer patches at the same scale, as in Roth et al. (ISBI 2024), where interpolation would
+    squeeze the positions of a larger image.
+
+    Args:
+        positions: ``[1, 1 + M * M, D]``, the cls token's first.
+        grid: rows and columns of patches wanted, at most M each.
+
+    Returns:
+        ``[1, 1 + rows * columns, D]``; with an odd remainder the part nearer to the upper left corner.
+
+    Raises:
+        ConfigError: the stored grid is not square or too small.
+    """
+    count = positions.shape[1] - 1
+    side = math.isqrt(count)
+    if side * side != count or max(grid) > side:
+        raise ConfigError(
+            f"position embeddings of {count} patches have no middle part of {grid[0]} x {grid[1]} patches; "
+            "use student.pos_embed_resampling=interpolate or smaller crops"
+        )
+    cls_position, patches = positions.split([1, count], dim=1)
+    top, left = ((side - cells) // 2 for cells in grid)
+    patches = patches.unflatten(1, (side, side))[:, top : top + grid[0], left : left + grid[1]]
+    return torch.cat([cls_position, patches.flatten(1, 2)], dim=1)

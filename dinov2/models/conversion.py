@@ -1,7 +1,8 @@
-"""Backbone weights of other layouts, brought to DINOv2's flat parameter names and to a model's grid.
+"""Backbone weights of other layouts, brought to DINOv2's flat parameter names.
 
 :data:`CONVERSIONS` lists the fixes in the order they are applied. Each recognises its layout by the names or
-shapes of the tensors and returns anything else unchanged. N patches, R registers, D width.
+shapes of the tensors and returns anything else unchanged. Nothing is read: the values stay in their file
+until the model takes them. N patches, R registers, D width.
 """
 
 import math
@@ -12,9 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-State = dict[str, Tensor]
+from dinov2.errors import WeightsError
+from dinov2.models.stored import StoredTensor, concatenated, derived
 
-# Parameter names of transformers' Dinov2Model, those of its versions 4 and 5 (the latter end in `_proj`).
+State = dict[str, StoredTensor]
+
+# Parameter names of transformers' Dinov2Model and ViTModel, those of its versions 4 and 5 (the latter end in
+# `_proj`). Longer names come before their own endings.
 _TRANSFORMERS_ROOT = {
     "embeddings.cls_token": "cls_token",
     "embeddings.mask_token": "mask_token",
@@ -39,12 +44,18 @@ _TRANSFORMERS_BLOCK = {
     "mlp.gate_proj.": "mlp.w1.",
     "mlp.up_proj.": "mlp.w2.",
     "mlp.down_proj.": "mlp.w3.",
+    "layernorm_before.": "norm1.",
+    "layernorm_after.": "norm2.",
+    "intermediate.dense.": "mlp.fc1.",
+    "output.dense.": "mlp.fc2.",
 }
 # The order of the parts is that of the rows of the joined layer.
 _JOINED = {
     "attn.qkv.": ("attn.q.", "attn.k.", "attn.v."),
     "mlp.w12.": ("mlp.w1.", "mlp.w2."),
 }
+# What DINOv3 has in place of position embeddings, in the naming of its authors, timm and transformers.
+_ROTARY = re.compile(r"rope|storage_tokens|\.bias_mask$|\.gamma_[12]$|^embeddings\.patch_embeddings\.weight$")
 
 
 def flat_name(name: str) -> str:
@@ -52,35 +63,72 @@ def flat_name(name: str) -> str:
     return re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name)
 
 
-def to_dinov2_names(state: Mapping[str, Tensor]) -> tuple[State, dict[str, str]]:
+def to_flat_names(state: State) -> State:
     """Convert backbone weights of any known layout to flat DINOv2 names.
 
     Args:
-        state: Parameter name -> tensor, without wrapper prefixes.
+        state: Parameter name -> stored tensor, without wrapper prefixes.
+
+    Returns:
+        The converted weights; each says from which names of the file it is made, and how.
+    """
+    for convert in CONVERSIONS:
+        state = convert(state)
+    return state
+
+
+def to_dinov2_names(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Do what :func:`to_flat_names` does for tensors in memory.
 
     Returns:
         The converted weights, and for every tensor that was renamed or changed how that was done.
     """
-    current, converted = dict(state), {}
-    for how, convert in CONVERSIONS.items():
-        previous, current = current, convert(current)
-        changed = [name for name, tensor in current.items() if tensor is not previous.get(name)]
-        for name in changed:
-            converted[name] = f"{converted[name]}, {how}" if name in converted else how
-    return current, {name: how for name, how in converted.items() if name in current}
+    state = to_flat_names({name: StoredTensor.of(tensor, name) for name, tensor in tensors.items()})
+    converted = {name: ", ".join(stored.how) for name, stored in state.items() if stored.how}
+    return {name: stored.read() for name, stored in state.items()}, converted
+
+
+def layout_of(state: Mapping[str, StoredTensor]) -> str:
+    """Return in words whose layout the names of unconverted backbone weights follow."""
+    names = set(state)
+    if any(name.startswith("embeddings.") for name in names):
+        kind = "ViTModel" if any("layernorm_before" in name for name in names) else "Dinov2Model"
+        registers = "WithRegisters" if "embeddings.register_tokens" in names else ""
+        return f"transformers {kind.replace('Model', registers + 'Model')}"
+    if "masked_embed" in names:
+        return "iBOT"
+    if any(name != flat_name(name) for name in names):
+        return "DINOv2, chunked"
+    if "mask_token" in names:
+        return "DINOv2"
+    if "reg_token" in names or "blocks.0.ls1.gamma" in names:
+        return "timm"
+    return "timm or DINO v1 (the same names)"
+
+
+def refuse_rotary_positions(state: Mapping[str, StoredTensor], source: str) -> None:
+    """Raise :class:`WeightsError` for DINOv3 and its kin, whose positions this ViT cannot express."""
+    has_positions = any(name.endswith(("pos_embed", "position_embeddings")) for name in state)
+    marks = [name for name in state if _ROTARY.search(name)]
+    if marks and not has_positions:
+        raise WeightsError(
+            f"The weights in {source} are those of DINOv3 or a relative of it (they have {marks[0]} and no "
+            "position embeddings): it rotates queries and keys by position (RoPE) where DINOv2's ViT adds "
+            "learned positions, so no conversion is possible; use DINOv2, UNI or another ViT with pos_embed."
+        )
 
 
 def _from_transformers(state: State) -> State:
     if not any(name.startswith("embeddings.") for name in state):
         return state
     renamed = {}
-    for name, tensor in state.items():
-        block = re.match(r"encoder\.layer\.(\d+)\.", name)
+    for name, stored in state.items():
+        block = re.match(r"(?:encoder\.layer|layers)\.(\d+)\.", name)
         if block:
-            name = f"blocks.{block[1]}." + _replace_start(name[block.end() :], _TRANSFORMERS_BLOCK)
+            new = f"blocks.{block[1]}." + _replace_start(name[block.end() :], _TRANSFORMERS_BLOCK)
         else:
-            name = _replace_start(name, _TRANSFORMERS_ROOT)
-        renamed[name] = tensor
+            new = _replace_start(name, _TRANSFORMERS_ROOT)
+        renamed[new] = stored.converted("renamed from transformers") if new != name else stored
     return renamed
 
 
@@ -92,7 +140,10 @@ def _replace_start(name: str, replacements: Mapping[str, str]) -> str:
 
 
 def _flatten_chunks(state: State) -> State:
-    return {flat_name(name): tensor for name, tensor in state.items()}
+    return {
+        flat_name(name): stored if name == flat_name(name) else stored.converted("chunk number dropped")
+        for name, stored in state.items()
+    }
 
 
 def _join_projections(state: State) -> State:
@@ -101,14 +152,19 @@ def _join_projections(state: State) -> State:
         for first in [name for name in state if f".{parts[0]}" in name]:
             names = [first.replace(parts[0], part) for part in parts]
             if all(name in state for name in names):
-                stacked = torch.cat([state[name] for name in names])
-                state = {name: tensor for name, tensor in state.items() if name not in names}
+                stacked = concatenated([state[name] for name in names], "joined from separate projections")
+                state = {name: stored for name, stored in state.items() if name not in names}
                 state[first.replace(parts[0], joined)] = stacked
     return state
 
 
-def _rename_timm_registers(state: State) -> State:
-    return {"register_tokens" if name == "reg_token" else name: tensor for name, tensor in state.items()}
+def _rename_tokens(state: State) -> State:
+    """timm calls register tokens ``reg_token``, iBOT its mask token ``masked_embed``."""
+    ours = {"reg_token": "register_tokens", "masked_embed": "mask_token"}
+    return {
+        ours.get(name, name): stored.converted(f"renamed from {name}") if name in ours else stored
+        for name, stored in state.items()
+    }
 
 
 def _rename_packed_swiglu(state: State) -> State:
@@ -121,7 +177,10 @@ def _rename_packed_swiglu(state: State) -> State:
             for old, new in (("fc1", "w12"), ("fc2", "w3")):
                 for kind in ("weight", "bias"):
                     if f"{block}{old}.{kind}" in renamed:
-                        renamed[f"{block}{new}.{kind}"] = renamed.pop(f"{block}{old}.{kind}")
+                        stored = renamed.pop(f"{block}{old}.{kind}")
+                        renamed[f"{block}{new}.{kind}"] = stored.converted(
+                            "renamed from timm's packed SwiGLU"
+                        )
     return renamed
 
 
@@ -132,29 +191,46 @@ def _separate_positions(state: State) -> State:
     the positions of the registers, which are the same for every image, become part of the register tokens.
     """
     positions, registers = state.get("pos_embed"), state.get("register_tokens")
-    if positions is None or positions.ndim != 3 or is_square(positions.shape[1] - 1):
+    if positions is None or len(positions.shape) != 3 or is_square(positions.shape[1] - 1):
         return state
-    if is_square(positions.shape[1]):
-        return {**state, "pos_embed": F.pad(positions, (0, 0, 1, 0))}
-    count = 0 if registers is None else registers.shape[1]
-    if count and is_square(positions.shape[1] - 1 - count):
-        cls_position, register_positions, patch_positions = positions.tensor_split((1, 1 + count), dim=1)
-        return {
-            **state,
-            "pos_embed": torch.cat([cls_position, patch_positions], dim=1),
-            "register_tokens": registers + register_positions,
-        }
-    return state
+    _, count, width = positions.shape
+    if is_square(count):
+        padded = derived(
+            [positions],
+            (1, 1 + count, width),
+            lambda stored: F.pad(stored, (0, 0, 1, 0)),
+            "a zero position added for the cls token, which has none",
+        )
+        return {**state, "pos_embed": padded}
+    extra = 0 if registers is None else registers.shape[1]
+    if not (extra and is_square(count - 1 - extra)):
+        return state
+    how = "positions of the register tokens moved into these"
+    return {
+        **state,
+        "pos_embed": derived(
+            [positions],
+            (1, count - extra, width),
+            lambda stored: torch.cat([stored[:, :1], stored[:, 1 + extra :]], dim=1),
+            how,
+        ),
+        "register_tokens": derived(
+            [registers, positions],
+            registers.shape,
+            lambda tokens, stored: tokens + stored[:, 1 : 1 + extra],
+            how,
+        ),
+    }
 
 
-CONVERSIONS: dict[str, Callable[[State], State]] = {
-    "renamed from transformers": _from_transformers,
-    "chunk number dropped": _flatten_chunks,
-    "joined from separate projections": _join_projections,
-    "renamed from timm's reg_token": _rename_timm_registers,
-    "renamed from timm's packed SwiGLU": _rename_packed_swiglu,
-    "positions of cls and register tokens separated": _separate_positions,
-}
+CONVERSIONS: tuple[Callable[[State], State], ...] = (
+    _from_transformers,
+    _flatten_chunks,
+    _join_projections,
+    _rename_tokens,
+    _rename_packed_swiglu,
+    _separate_positions,
+)
 
 
 def is_square(number: int) -> bool:

@@ -5,22 +5,25 @@ file fetched by hand on another machine can be put where :func:`cache_path` says
 """
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import logging
 import os
 import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from dinov2.errors import WeightsError
+from dinov2.models.integrity import check_digest
+from dinov2.models.transfer import discard, finish, transfer
 
 logger = logging.getLogger("dinov2")
 
-CHUNK_BYTES = 1 << 20
 REMOTE_SCHEMES = ("http", "https")
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
 class DownloadError(WeightsError):
@@ -45,77 +48,62 @@ def cache_path(url: str) -> Path:
     return cache_dir().joinpath(address.netloc.rpartition("@")[2].replace(":", "_"), *parts)
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(CHUNK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def check_sha256(path: Path, expected: str, origin: str) -> None:
-    """Raise :class:`WeightsError` unless the file has the expected checksum.
-
-    Args:
-        path: The file to check.
-        expected: SHA-256 in hexadecimal digits, or the first digits of it.
-        origin: Where the file is from, for the message.
-    """
-    found = sha256_of(path)
-    if not found.startswith(expected.lower()):
-        raise WeightsError(
-            f"The file from {origin} has sha256 {found} instead of the expected {expected} and is not used: "
-            "delete it and try again, or, if you have a copy that you trust, pass its path explicitly."
-        )
-
-
-def fetch(url: str, *, sha256: str | None = None, timeout: float = 10.0) -> Path:
+def fetch(
+    url: str,
+    *,
+    sha256: str | None = None,
+    md5: str | None = None,
+    target: Path | None = None,
+    timeout: float = 10.0,
+) -> Path:
     """Return the cached file of an http(s) address, downloading it the first time.
 
-    Processes on one machine that ask at the same time wait for a single download.
+    Processes on one machine that ask at the same time wait for a single download. One that was interrupted is
+    continued by the next call.
 
     Args:
         url: Address of the file.
-        sha256: Expected checksum; checked once, before a download enters the cache.
+        sha256: Expected checksum; compared before a download enters the cache and whenever it is used.
+        md5: Expected checksum of the download, where a server states no better one.
+        target: Where to keep the file, in place of :func:`cache_path`.
         timeout: Seconds to wait for the connection and for each block of data.
 
     Raises:
         DownloadError: The file could not be fetched.
         WeightsError: It has another checksum, or the cache cannot be written.
     """
-    target = cache_path(url)
-    if target.is_file():
-        return target
-    with _exclusive(target):
-        if not target.is_file():  # another process may have been faster
-            _download(url, target, sha256, timeout)
+    target = target or cache_path(url)
+    if not target.is_file():
+        with _exclusive(target) as partial:
+            if not target.is_file():  # another process may have been faster
+                _download(url, target, partial, sha256, md5, timeout)
+                return target
+    if sha256:
+        check_digest(target, sha256, str(target))
     return target
 
 
-def _download(url: str, target: Path, sha256: str | None, timeout: float) -> None:
+def _download(
+    url: str, target: Path, partial: Path, sha256: str | None, md5: str | None, timeout: float
+) -> None:
     """Write the file beside ``target`` and move it there once it is complete and correct."""
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
+    logger.info("downloading %s to %s", url, target)
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as response:
-            expected_bytes = int(response.headers.get("Content-Length") or 0)
-            logger.info("downloading %s (%.0f MB) to %s", url, expected_bytes / 1e6, target)
-            with partial.open("wb") as stream:
-                while block := response.read(CHUNK_BYTES):
-                    stream.write(block)
-        received_bytes = partial.stat().st_size
-        if expected_bytes and received_bytes != expected_bytes:
-            raise http.client.IncompleteRead(b"", expected_bytes - received_bytes)
-        if sha256:
-            check_sha256(partial, sha256, url)
-        partial.replace(target)
+        transfer(url, partial, timeout)
+        for algorithm, expected in (("sha256", sha256), ("md5", md5)):
+            if expected:
+                check_digest(partial, expected, url, algorithm=algorithm)
+        finish(partial, target)
+    except WeightsError:
+        discard(partial)
+        raise
     except (OSError, http.client.HTTPException, ValueError) as error:
+        if getattr(error, "errno", None) in DISK_ERRORS:
+            raise _unwritable(target, error) from error
         raise DownloadError(
             f"Cannot download {url} ({_reason(error)}): fetch it on a machine with network access and give "
             f"the path of that copy instead, or put the copy at {target}."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _reason(error: Exception) -> str:
@@ -124,22 +112,38 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "reason", error)) or type(error).__name__
 
 
+def _unwritable(target: Path, error: OSError) -> WeightsError:
+    return WeightsError(
+        f"Cannot write weights to the cache folder {target.parent} ({error.strerror}): set the "
+        "environment variable DINOV2_CACHE to a folder that can be written and has room."
+    )
+
+
 @contextlib.contextmanager
-def _exclusive(target: Path) -> Iterator[None]:
-    """Hold a lock named after ``target`` against other processes, where the system has file locks."""
+def _exclusive(target: Path) -> Iterator[Path]:
+    """Hold a lock named after ``target`` against other processes, and yield the partial file to write."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = target.with_name(target.name + ".lock").open("w")
     except OSError as error:
-        raise WeightsError(
-            f"Cannot write weights to the cache folder {target.parent} ({error.strerror}): set the "
-            "environment variable DINOV2_CACHE to a folder that can be written."
-        ) from error
+        raise _unwritable(target, error) from error
     with lock:
-        try:
-            import fcntl
-        except ImportError:  # Windows: every process downloads for itself, and the last rename wins
-            pass
-        else:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        locked = _lock(lock, target)
+        # Without locks every process downloads for itself, and the last rename wins.
+        yield target.with_name(f"{target.name}.part" if locked else f"{target.name}.{os.getpid()}.part")
+
+
+def _lock(lock: TextIO, target: Path) -> bool:
+    """Wait for the lock; return whether this system and the cache's disk have such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("waiting for another process that downloads %s", target.name)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True

@@ -1,17 +1,24 @@
 """Loading the weights of a projection head, and saying which config would fit them."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dinov2.errors import WeightsError
-from dinov2.models.entries import plain_name
-from dinov2.models.weight_files import locate, read_file
+from dinov2.models.entries import leaves, plain_name
+from dinov2.models.integrity import sha256_of
+from dinov2.models.report import LoadReport
+from dinov2.models.sources import locate
+from dinov2.models.stored import StoredTensor, stored_content
+from dinov2.models.values import check_values
+from dinov2.models.weight_files import open_file
 
 logger = logging.getLogger("dinov2")
+
+HeadState = dict[str, StoredTensor]
 
 # How torch.nn.utils.parametrizations.weight_norm calls what DINOv2's files call weight_g and weight_v.
 PARAMETRIZED_NAMES = {
@@ -20,57 +27,91 @@ PARAMETRIZED_NAMES = {
 }
 
 
-def load_head(head: nn.Module, source: str | Mapping[str, Any], key: str) -> None:
+def load_head(head: nn.Module, source: str | Mapping[str, Any], key: str) -> LoadReport:
     """Load a :class:`DINOHead` from a head checkpoint, or raise and leave it as it was.
 
     Args:
         head: The head to fill.
         source: Path or address of the file, or the dictionary it would hold.
         key: Entry of the file: ``student_dino_head``, ``teacher_dino_head``, ``student_ibot_head`` or
-            ``teacher_ibot_head``. A file with bare head weights needs none.
+            ``teacher_ibot_head``. A file with bare head weights needs none; in a ``teacher_checkpoint.pth``
+            the head stands beside the backbone.
 
     Raises:
         WeightsError: The file cannot be read or the head has other sizes; the message names config values
             that would fit.
     """
+    metadata: Mapping[str, str] = {}
+    path = None
     if isinstance(source, Mapping):
-        name, content = "the given dictionary", source
+        name, content = "the given dictionary", stored_content(source)
     else:
-        name, content = str(source), read_file(locate(source))
-    state = _head_state(content, key, name)
+        name, path = str(source), locate(str(source))
+        opened = open_file(path)
+        content, metadata = opened.content, opened.metadata
+    state = find_head(content, key)
+    if not state:
+        raise WeightsError(
+            f'{name} has no entry "{key}", only {", ".join(list(map(str, content))[:5]) or "nothing"}: '
+            "name the checkpoint of that head."
+        )
     own = head.state_dict()
     if _shapes(state) != _shapes(own):
         raise WeightsError(_misfit(name, state, own, "ibot" if "ibot" in key else "dino"))
-    broken = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise WeightsError(
-            f"The head in {name} contains NaN or infinity in {', '.join(broken[:3])}: the run that wrote it "
-            "diverged or the file is damaged; use an earlier checkpoint."
-        )
-    head.load_state_dict(state, strict=True)
+    check_values(name, state, dict(leaves(content)), metadata)
+    with torch.no_grad():
+        for parameter, tensor in own.items():
+            tensor.copy_(state[parameter].read())
     logger.info("projection head: loaded %d tensors from %s", len(state), name)
+    return LoadReport(
+        source=name,
+        path=str(path or ""),
+        sha256=sha256_of(path) if path else "",
+        layout="DINOv2",
+        loaded=list(own),
+        converted={parameter: ", ".join(stored.how) for parameter, stored in state.items() if stored.how},
+        used={file_name: [parameter] for parameter, stored in state.items() for file_name in stored.names},
+    )
 
 
-def _head_state(content: Mapping[str, Any], key: str, source: str) -> dict[str, Tensor]:
-    if key in content:
-        content = content[key]
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise WeightsError(
-            f'{source} has no entry "{key}", only {", ".join(list(map(str, content))[:5]) or "nothing"}: '
-            "name the checkpoint of that head."
-        )
-    names = {name: plain_name(name) for name in tensors}
-    return {PARAMETRIZED_NAMES.get(names[name], names[name]): tensor for name, tensor in tensors.items()}
+def find_head(content: Mapping[str, Any], key: str) -> HeadState:
+    """Return a head's tensors under DINOv2's names, none if the content of the file has no such head.
+
+    Args:
+        content: What a file holds, tensors as :class:`StoredTensor`.
+        key: See :func:`load_head`.
+    """
+    network, _, kind = key.partition("_")
+    if isinstance(content.get(key), Mapping):
+        tensors = content[key]
+    elif isinstance(content.get(network), Mapping):
+        tensors = _below(content[network], f"{kind}.")
+    else:
+        tensors = content
+    state = dict(_renamed(tensors))
+    return state if "last_layer.weight_v" in state else {}
 
 
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in state.items()}
+def _below(network: Mapping[str, Any], start: str) -> dict[str, Any]:
+    plain = {plain_name(name): value for name, value in network.items()}
+    return {name.removeprefix(start): value for name, value in plain.items() if name.startswith(start)}
 
 
-def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
+def _renamed(tensors: Mapping[str, Any]) -> Iterator[tuple[str, StoredTensor]]:
+    for name, stored in tensors.items():
+        if isinstance(stored, StoredTensor):
+            plain = plain_name(name)
+            ours = PARAMETRIZED_NAMES.get(plain, plain)
+            yield ours, stored if ours == plain else stored.converted("renamed from a parametrization")
+
+
+def _shapes(state: Mapping[str, Tensor | StoredTensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def head_sizes(state: Mapping[str, Tensor | StoredTensor]) -> dict[str, int]:
     """Return the config values that a head's tensors imply, and its input width."""
-    linears = [tensor for name, tensor in state.items() if name.startswith("mlp.") and tensor.ndim == 2]
+    linears = [tensor for name, tensor in state.items() if name.startswith("mlp.") and len(tensor.shape) == 2]
     sizes = {}
     if linears:
         sizes = {"head_nlayers": len(linears), "head_bottleneck_dim": linears[-1].shape[0]}
@@ -82,9 +123,9 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
     return sizes
 
 
-def _misfit(source: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor], section: str) -> str:
+def _misfit(source: str, state: Mapping[str, StoredTensor], own: Mapping[str, Tensor], section: str) -> str:
     """Return the sentence for a head that does not fit."""
-    found, built = _sizes(state), _sizes(own)
+    found, built = head_sizes(state), head_sizes(own)
     differing = {name: value for name, value in found.items() if built.get(name) != value}
     width = differing.pop("width", None)
     parts = [f"set {section}.{name}={value} (it is {built.get(name)})" for name, value in differing.items()]

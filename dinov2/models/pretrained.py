@@ -1,122 +1,209 @@
 """Loading pretrained weights: the one place where a model takes over what a file holds.
 
-A straight line: locate the file -> read it safely -> choose the entry -> strip wrapper prefixes -> convert
-names -> resample positions -> compare with the model -> load strictly -> report. Whatever does not fit is an
-error before the first weight of the model changes.
+A straight line: locate the file -> open it safely -> choose the entry -> strip wrapper prefixes -> convert
+names -> compare with the model -> resample positions -> check every value -> load -> report. Whatever does
+not fit is an error before the first weight of the model changes. Values are read one tensor at a time, so
+that loading takes little more memory than the model itself.
 """
 
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dinov2.errors import WeightsError
-from dinov2.layers.pos_embed import resample_positions
-from dinov2.models.architecture import Architecture
-from dinov2.models.conversion import State, flat_name, is_square, to_dinov2_names
-from dinov2.models.entries import choose_network, strip_wrappers
+from dinov2.models import build_model
+from dinov2.models.architecture import USUAL_HEADS, Architecture
+from dinov2.models.companions import Companion, published_like, read_companion
+from dinov2.models.conversion import (
+    State,
+    flat_name,
+    is_square,
+    layout_of,
+    refuse_rotary_positions,
+    to_flat_names,
+)
+from dinov2.models.entries import choose_network, leaves
+from dinov2.models.fitting import fit_patch_embedding, fit_positions
 from dinov2.models.head_weights import load_head
-from dinov2.models.weight_files import locate, read_file
+from dinov2.models.integrity import sha256_of
+from dinov2.models.report import LoadReport, first_names
+from dinov2.models.sources import locate
+from dinov2.models.stored import StoredTensor, stored_content
+from dinov2.models.values import check_values
+from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.models.weight_files import open_file
 
-__all__ = ["LoadReport", "load_backbone", "load_head", "load_pretrained_weights", "read_state_dict"]
+__all__ = [
+    "BackboneWeights",
+    "LoadReport",
+    "build_from_weights",
+    "load_backbone",
+    "load_head",
+    "load_pretrained_weights",
+    "open_weights",
+    "read_state_dict",
+]
 
 logger = logging.getLogger("dinov2")
 
-NAMES_SHOWN = 3
+LAYER_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class LoadReport:
-    """What became of every tensor of a weight file and of the model.
+class BackboneWeights:
+    """The weights of one backbone, opened but not read.
 
     Attributes:
-        source: What was read.
-        loaded: Parameters of the model taken from the file.
-        converted: Those of them that were renamed or changed -> how.
-        resampled: Those of them that were brought to another size -> how.
-        missing: Parameters that keep their initial values, as the file lacks them.
-        unused: Entries of the file that are no part of a backbone: projection heads and classifiers.
+        source: What was asked for, for messages.
+        path: The file; None for a dictionary.
+        kind: Kind of file in words.
+        layout: Whose parameter names the file has, in words.
+        tensors: All tensors of the file.
+        plain: Those of the backbone by the names they have there, without wrapper prefixes.
+        state: The same under flat DINOv2 names.
+        unused: Entries of the file that are no part of this backbone -> what they are.
+        companion: What the files beside it say.
+        metadata: What the file says about itself.
     """
 
     source: str
-    loaded: list[str]
-    converted: dict[str, str] = field(default_factory=dict)
-    resampled: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
+    path: Path | None
+    kind: str
+    layout: str
+    tensors: State
+    plain: State
+    state: State
+    unused: dict[str, str]
+    companion: Companion
+    metadata: Mapping[str, str]
 
-    def summary(self) -> str:
-        """Return the report as one line."""
-        total = len(self.loaded) + len(self.missing)
-        parts = [f"loaded {len(self.loaded)} of {total} tensors from {self.source}"]
-        ways = list(self.converted.values())
-        parts += [f"{ways.count(how)} {how}" for how in dict.fromkeys(ways)]
-        parts += [f"{name} resampled {how}" for name, how in self.resampled.items()]
-        if self.missing:
-            parts.append(f"initial value kept: {', '.join(self.missing)}")
-        if self.unused:
-            parts.append(f"not part of a backbone and unused: {_first(self.unused)}")
-        return "; ".join(parts)
+    @property
+    def architecture(self) -> Architecture:
+        """The model that the weights belong to."""
+        return Architecture.of(self.state, num_heads=self.companion.num_heads)
+
+    @property
+    def patches(self) -> int | None:
+        """Patches that the position embeddings are laid out for; None without positions."""
+        positions = self.state.get("pos_embed")
+        return positions.shape[1] - 1 if positions is not None and positions.ndim == 3 else None
+
+    @property
+    def usual_heads(self) -> int | None:
+        """Attention heads that models of this width have; None for a width that none has."""
+        return USUAL_HEADS.get(self.architecture.width)
+
+    @property
+    def looks_like(self) -> str:
+        """The name of the published model with these sizes, an empty string if there is none."""
+        published = published_like(self.architecture, self.patches or 0)
+        return published.name if published else ""
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Channel means and standard deviations of the images it was trained with, where they are known."""
+        published = published_like(self.architecture, self.patches or 0)
+        return self.companion.normalisation or (published.normalisation if published else None)
 
 
-def read_state_dict(source: str, *, entry: str | None = None) -> State:
+def open_weights(source: str | Mapping[str, Any], entry: str | None = None) -> BackboneWeights:
+    """Find and open backbone weights; nothing but names, shapes and types is read.
+
+    Args:
+        source: A source as :func:`dinov2.models.sources.locate` takes it, or a dictionary as a file holds it.
+        entry: Which network of a checkpoint to take, ``teacher`` or ``student``; by default the teacher if
+            there is one. A file with bare weights has nothing to choose from and ignores it.
+
+    Raises:
+        WeightsError: The file is missing, unreadable or unsafe, has no such entry, or is no backbone that
+            could be converted.
+    """
+    path, kind, metadata, companion = None, "dictionary", {}, Companion()
+    if isinstance(source, Mapping):
+        name, content = "the given dictionary", stored_content(source)
+    else:
+        name, path = str(source), locate(str(source), entry=entry)
+        opened = open_file(path)
+        content, kind, metadata = opened.content, opened.kind, opened.metadata
+        companion = read_companion(path)
+    network = choose_network(content, entry, name)
+    refuse_rotary_positions(network.state, name)
+    return BackboneWeights(
+        source=name,
+        path=path,
+        kind=kind,
+        layout=layout_of(network.state),
+        tensors=dict(leaves(content)),
+        plain=network.state,
+        state=to_flat_names(network.state),
+        unused=network.unused,
+        companion=companion,
+        metadata=metadata,
+    )
+
+
+def read_state_dict(source: str | Mapping[str, Any], *, entry: str | None = None) -> dict[str, Tensor]:
     """Read the backbone weights in a file, under the names they have there without wrapper prefixes.
 
     Args:
-        source: Path to a ``.pth``, ``.pt`` or ``.safetensors`` file, a folder with one, or an address.
-        entry: Which network of a checkpoint to take, ``teacher`` or ``student``; by default the teacher if
-            there is one. A file with bare weights has nothing to choose from and ignores it.
+        source: See :func:`open_weights`.
+        entry: See :func:`open_weights`.
 
     Returns:
         Parameter name -> CPU tensor, heads left out. Names and shapes are not converted yet.
 
     Raises:
-        WeightsError: The file is missing, unreadable or unsafe, or has no such entry.
+        WeightsError: See :func:`open_weights`.
     """
-    return _open(source, entry)[1]
+    return {name: stored.read() for name, stored in open_weights(source, entry).plain.items()}
 
 
 def load_backbone(
     model: nn.Module,
-    source_or_state: str | Mapping[str, Any],
+    source_or_state: str | Mapping[str, Any] | BackboneWeights,
     *,
     entry: str | None = None,
     allow_missing: Iterable[str] = ("mask_token",),
+    pos_embed: str = "interpolate",
+    patch_embed: str = "none",
 ) -> LoadReport:
     """Load pretrained weights into a :class:`DinoVisionTransformer`, or raise and leave it as it was.
 
     Args:
-        model: The backbone, with or without block chunks.
-        source_or_state: What :func:`read_state_dict` takes, or a dictionary such as a file would hold.
-        entry: See :func:`read_state_dict`.
+        model: The backbone, with or without block chunks. On the meta device it gets its memory here.
+        source_or_state: What :func:`open_weights` takes or returns.
+        entry: See :func:`open_weights`.
         allow_missing: Parameters that may be absent from the weights and then keep their values. Only masked
             images use ``mask_token``, so releases in other layouts leave it out.
+        pos_embed: How positions of another grid are fitted: ``interpolate`` (bicubic, with the model's offset
+            and antialiasing) or ``center_crop``.
+        patch_embed: How a patch embedding of another size is fitted: ``none``, which makes it an error, or
+            ``pseudo_inverse``.
 
     Raises:
-        WeightsError: The weights cannot be read, contain NaN or infinity, or do not fit the model.
+        WeightsError: The weights cannot be read, are damaged, contain NaN or infinity, or do not fit.
     """
-    source, state, unused = _open(source_or_state, entry)
+    given = source_or_state
+    weights = given if isinstance(given, BackboneWeights) else open_weights(given, entry)
     own = {flat_name(name): tensor for name, tensor in model.state_dict().items()}
-    state, converted = to_dinov2_names(state)
-    _check_architecture(source, state, own)
-    state, resampled = _fit_positions(source, state, model)
-    missing = _check_tensors(source, state, own, set(allow_missing))
+    state = dict(weights.state)
+    _check_architecture(
+        weights, model, own, ignore=("patch_size",) if patch_embed == "pseudo_inverse" else ()
+    )
+    resampled = fit_patch_embedding(state, own) | fit_positions(weights.source, state, model, pos_embed)
+    missing = _check_tensors(weights.source, state, own, set(allow_missing))
+    check_values(weights.source, state, weights.tensors, weights.metadata)
 
     model_names = {flat_name(name): name for name in model.state_dict()}
-    weights = {name: state[flat] if flat in state else own[flat] for flat, name in model_names.items()}
-    model.load_state_dict(weights, strict=True)
-    report = LoadReport(
-        source=source,
-        loaded=[name for flat, name in model_names.items() if flat in state],
-        converted={model_names[flat]: how for flat, how in converted.items()},
-        resampled=resampled,
-        missing=[model_names[flat] for flat in missing],
-        unused=unused,
-    )
+    _fill(model, {model_names[flat]: stored for flat, stored in state.items()})
+    report = _report(weights, state, model, missing, resampled)
     logger.info("pretrained weights: %s", report.summary())
     return report
 
@@ -128,77 +215,149 @@ def load_pretrained_weights(
     return load_backbone(model, pretrained_weights, entry=checkpoint_key)
 
 
-def _open(source: str | Mapping[str, Any], entry: str | None) -> tuple[str, State, list[str]]:
-    """Return a name for messages, the backbone's tensors, and the names of what is no backbone."""
-    if isinstance(source, Mapping):
-        name, content = "the given dictionary", source
-    else:
-        name, content = str(source), read_file(locate(source, entry=entry))
-    return name, *strip_wrappers(choose_network(content, entry, name), name)
+def build_from_weights(
+    source: str | Mapping[str, Any],
+    *,
+    entry: str | None = None,
+    img_size: int | None = None,
+    **options: Any,
+) -> DinoVisionTransformer:
+    """Build the backbone that the weights belong to, and load them.
+
+    Args:
+        source: See :func:`open_weights`.
+        entry: See :func:`open_weights`.
+        img_size: Pixels that the positions are resampled to; by default they stay as they are stored.
+        options: Values of the ``student`` config section in place of those read off the weights, such as
+            ``num_heads`` or ``block_chunks``. Positions are interpolated as DINOv2's release does it: with
+            the historic offset in models without registers, to the exact size and antialiased in others.
+
+    Returns:
+        The backbone in evaluation mode.
+
+    Raises:
+        WeightsError: See :func:`load_backbone`; or the weights do not tell enough.
+    """
+    weights = open_weights(source, entry)
+    architecture = weights.architecture
+    if "num_heads" in options:
+        architecture = architecture.with_heads(options["num_heads"])
+    values = architecture.student_options(weights.source)
+    exact = architecture.register_tokens > 0
+    defaults = {
+        "block_chunks": 0,
+        "drop_path_rate": 0.0,
+        "drop_path_uniform": False,
+        "interpolate_offset": 0.0 if exact else 0.1,
+        "interpolate_antialias": exact,
+    }
+    args = SimpleNamespace(**{**defaults, **values, **options})
+    if img_size is None:
+        if not is_square(weights.patches or 0):
+            raise WeightsError(
+                f"The weights in {weights.source} have no positions for a square grid of patches: "
+                "state img_size."
+            )
+        img_size = math.isqrt(weights.patches) * architecture.patch_size
+    with torch.device("meta"):
+        model, _ = build_model(args, only_teacher=True, img_size=img_size)
+    load_backbone(model, weights)
+    return model.eval()
 
 
-def _check_architecture(source: str, state: State, own: State) -> None:
+def _check_architecture(
+    weights: BackboneWeights, model: nn.Module, own: Mapping[str, Tensor], ignore: tuple[str, ...]
+) -> None:
     """Raise if the weights belong to no ViT or to another one."""
-    if not state.keys() & own.keys():
+    if not weights.state.keys() & own.keys():
         raise WeightsError(
-            f"No tensor of {source} has the name of a backbone parameter (it has "
-            f"{_first(list(state)) or 'none'}): expected the weights of a DINOv2, timm or transformers ViT."
+            f"No tensor of {weights.source} has the name of a backbone parameter (it has "
+            f"{first_names(list(weights.state)) or 'none'}): expected the weights of a DINOv2, timm or "
+            "transformers ViT."
         )
-    differences = Architecture.of(state).differences(Architecture.of(own))
+    models = Architecture.of(own, num_heads=getattr(model, "num_heads", None))
+    differences = weights.architecture.without(*ignore).differences(models)
     if differences:
         raise WeightsError(
-            f"The weights in {source} do not fit the model: {'; '.join(differences)}; "
-            "change these config keys, or choose other weights."
+            f"The weights in {weights.source} do not fit the model: {'; '.join(differences)}; "
+            "change these config keys, set student.arch=auto to take them from the weights, or choose other "
+            "weights."
         )
 
 
-def _fit_positions(source: str, state: State, model: nn.Module) -> tuple[State, dict[str, str]]:
-    """Resample the position embeddings to the model's grid if they are laid out for another one."""
-    positions = state.get("pos_embed")
-    if positions is None or positions.shape == model.pos_embed.shape:
-        return state, {}
-    rows, columns = model.patch_embed.patches_resolution
-    if positions.ndim != 3 or not is_square(positions.shape[1] - 1):
-        raise WeightsError(
-            f"pos_embed in {source} has shape {tuple(positions.shape)}, which is not a square grid of "
-            f"patches and a cls position: it cannot be resampled to the model's {rows}x{columns} grid."
-        )
-    offset, antialias = model.interpolate_offset, model.interpolate_antialias
-    resampled = resample_positions(positions, (rows, columns), offset=offset, antialias=antialias)
-    side = math.isqrt(positions.shape[1] - 1)
-    sampling = f"scale factor with offset {offset:g}" if offset else "exact size"
-    smoothing = "with" if antialias else "no"
-    how = f"{side}x{side} -> {rows}x{columns}, bicubic by {sampling}, {smoothing} antialias"
-    return {**state, "pos_embed": resampled.to(positions.dtype)}, {"pos_embed": how}
-
-
-def _check_tensors(source: str, state: State, own: State, allow_missing: set[str]) -> list[str]:
+def _check_tensors(
+    source: str, state: State, own: Mapping[str, Tensor], allow_missing: set[str]
+) -> list[str]:
     """Raise unless the tensors match the model's one by one; return the names that may be missing and are."""
     missing = [name for name in own if name not in state]
     problems = {
         "missing": [name for name in missing if name not in allow_missing],
         "not known to the model": [name for name in state if name not in own],
         "of another shape": [
-            f"{name} {tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
-            for name, tensor in state.items()
-            if name in own and tensor.shape != own[name].shape
+            f"{name} {stored.shape} instead of {tuple(own[name].shape)}"
+            for name, stored in state.items()
+            if name in own and stored.shape != tuple(own[name].shape)
         ],
-        "not floating point": [name for name, tensor in state.items() if not tensor.is_floating_point()],
+        "not floating point": [name for name, stored in state.items() if not stored.is_floating_point],
     }
-    found = [f"{len(names)} {what}: {_first(names)}" for what, names in problems.items() if names]
+    found = [f"{len(names)} {what}: {first_names(names)}" for what, names in problems.items() if names]
     if found:
         raise WeightsError(
             f"The weights in {source} do not fit the model: {'; '.join(found)}; "
             "use weights of the same architecture, or change the student.* options of the config."
         )
-    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise WeightsError(
-            f"The weights in {source} contain NaN or infinity in {len(broken)} tensors ({_first(broken)}): "
-            "the run that wrote them diverged or the file is damaged; use an earlier checkpoint."
-        )
     return missing
 
 
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+@torch.no_grad()
+def _fill(model: nn.Module, state: Mapping[str, StoredTensor]) -> None:
+    """Write stored tensors into a model by its own names; give memory to what lies on the meta device."""
+    assigned: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            value = state[name].read() if name in state else torch.zeros(tensor.shape)
+            # A tensor that is mapped from its file would change with it.
+            assigned[name] = value.to(tensor.dtype, copy=True)
+        elif name in state:
+            tensor.copy_(state[name].read())
+    if assigned:
+        model.load_state_dict(assigned, strict=False, assign=True)
+
+
+def _report(
+    weights: BackboneWeights, state: State, model: nn.Module, missing: list[str], resampled: dict[str, str]
+) -> LoadReport:
+    model_names = {flat_name(name): name for name in model.state_dict()}
+    values = {flat_name(name): value for name, value in model.state_dict().items()}
+    used: dict[str, list[str]] = {}
+    for flat, stored in state.items():
+        for name in stored.names:
+            used.setdefault(name, []).append(model_names[flat])
+    loaded_numbers = sum(values[flat].numel() for flat in state)
+    notes = []
+    eps = weights.companion.layer_norm_eps
+    if eps is not None and eps != LAYER_NORM_EPS:
+        notes.append(f"its norms have the epsilon {eps:g}, here it is {LAYER_NORM_EPS:g}")
+    single_file = weights.path is not None and weights.path.suffix != ".json"
+    return LoadReport(
+        source=weights.source,
+        path=str(weights.path or ""),
+        sha256=sha256_of(weights.path) if single_file else "",
+        layout=weights.layout,
+        architecture=weights.architecture.describe(),
+        loaded=[name for flat, name in model_names.items() if flat in state],
+        converted={
+            model_names[flat]: ", ".join(how) for flat, stored in weights.state.items() if (how := stored.how)
+        },
+        resampled={model_names[flat]: how for flat, how in resampled.items()},
+        missing={model_names[flat]: _initial_value(values[flat]) for flat in missing},
+        used=used,
+        unused=weights.unused,
+        share=loaded_numbers / sum(value.numel() for value in values.values()),
+        normalisation=weights.normalisation,
+        notes=notes,
+    )
+
+
+def _initial_value(tensor: Tensor) -> str:
+    return "zeros" if not tensor.any() else "keeps its random initial values"

@@ -341,7 +341,18 @@ def _chunked(blocks: list[nn.Module], count: int) -> list[BlockChunk]:
     return [BlockChunk([nn.Identity()] * start + blocks[start : start + size]) for start in starts]
 
 
-def _released(width: int, blocks: int, heads: int, /, **options: Any) -> DinoVisionTransformer:
+# Width, blocks and attention heads of the named architectures.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+    "vit_giant2": (1536, 40, 24),
+}
+
+
+def _named(name: str, /, **options: Any) -> DinoVisionTransformer:
+    width, blocks, heads = SIZES[name]
     defaults = {
         "embed_dim": width,
         "depth": blocks,
@@ -354,24 +365,24 @@ def _released(width: int, blocks: int, heads: int, /, **options: Any) -> DinoVis
 
 def vit_tiny(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
     """Width 192, 12 blocks, 3 heads; ``kwargs`` go to the constructor. Not among the released models."""
-    return _released(192, 12, 3, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
+    return _named("vit_tiny", patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
 
 
 def vit_small(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
     """Width 384, 12 blocks, 6 heads; ``kwargs`` go to the constructor."""
-    return _released(384, 12, 6, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
+    return _named("vit_small", patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
 
 
 def vit_base(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
     """Width 768, 12 blocks, 12 heads; ``kwargs`` go to the constructor."""
-    return _released(768, 12, 12, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
+    return _named("vit_base", patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
 
 
 def vit_large(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
     """Width 1024, 24 blocks, 16 heads; ``kwargs`` go to the constructor."""
-    return _released(1024, 24, 16, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
+    return _named("vit_large", patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
 
 
 def vit_giant2(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
     """Width 1536, 40 blocks, 24 heads; ``kwargs`` go to the constructor. Released with SwiGLU."""
-    return _released(1536, 40, 24, patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)
+    return _named("vit_giant2", patch_size=patch_size, num_register_tokens=num_register_tokens, **kwargs)

@@ -1,162 +1,185 @@
-"""From what a user names (a path, a folder, an address) to the dictionary inside the file, safely.
+"""From a local file to the dictionary inside it, safely.
 
 Nothing here executes what a file contains: pickles are read with PyTorch's restricted unpickler, and records
-of an archive are compared with their stored checksums before any of them is used.
+of an archive are compared with their stored checksums before any of them is used. Where a file is from is
+the business of :mod:`dinov2.models.sources`.
 """
 
-import pickle
-import re
-import urllib.parse
-import urllib.request
-import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dinov2.errors import WeightsError
-from dinov2.models.downloads import CHUNK_BYTES, REMOTE_SCHEMES, fetch
+from dinov2.models.integrity import check_sidecar, damaged, require_file
+from dinov2.models.safetensors_files import list_safetensors
+from dinov2.models.shards import INDEX_SUFFIX, NAMES_SHOWN, read_index
+from dinov2.models.stored import StoredTensor
+from dinov2.models.torch_files import read_archive, read_legacy
 
-WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
-ACCEPTED_SOURCES = (
-    "a path to a .pth, .pt or .safetensors file, a folder with one, or a file:, http: or https: address"
-)
+HEAD_BYTES = 512
+MAX_DEPTH = 32  # containers within containers; a training checkpoint has about five
+MAX_ENTRIES = 1_000_000  # a few megabytes of pickle can describe lists of lists without end
+
+FOREIGN = {  # how files start that end up under the name of a weight file
+    b"version https://git-lfs": "is a Git LFS pointer, not the file it points to: fetch it with git lfs pull",
+    b"\x1f\x8b": "is a gzip archive: unpack it and name the weight file inside",
+    b"\xfd7zXZ": "is an xz archive: unpack it and name the weight file inside",
+    b"\x89HDF": "is an HDF5 file, neither a PyTorch nor a safetensors file: convert it first",
+}
 
 
-def locate(source: str, *, entry: str | None = None) -> Path:
-    """Return the local file that ``source`` names, downloading it if it is an address.
+@dataclass(frozen=True)
+class OpenedFile:
+    """What a weight file holds.
 
-    Args:
-        source: Path, folder or address.
-        entry: ``teacher`` or ``student``: which of a folder's checkpoints is meant (default teacher).
-
-    Raises:
-        WeightsError: There is no such file.
+    Attributes:
+        path: The file, or the index of a checkpoint in several files.
+        content: As it was saved, with a :class:`StoredTensor` for every tensor, none of which is read yet;
+            its name is the path of keys to it, such as ``teacher.backbone.cls_token``.
+        kind: ``safetensors``, ``sharded safetensors``, ``torch zip``, ``torch legacy`` or ``sharded torch``.
+        metadata: The words that a safetensors file or an index carries beside the tensors.
     """
-    source = str(source)
-    address = urllib.parse.urlsplit(source)
-    if address.scheme in REMOTE_SCHEMES:
-        return fetch(source)
-    if address.scheme == "file":
-        path = Path(urllib.request.url2pathname(address.path))
-    elif "://" in source:
-        raise WeightsError(f'Cannot load weights from "{source}": accepted is {ACCEPTED_SOURCES}.')
-    else:
-        path = Path(source).expanduser()
-    if path.is_dir():
-        return _file_in_folder(path, entry or "teacher")
-    if not path.is_file():
-        raise WeightsError(f'The weight file "{source}" does not exist: accepted is {ACCEPTED_SOURCES}.')
-    return path
+
+    path: Path
+    content: dict[str, Any]
+    kind: str
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
-def _file_in_folder(folder: Path, entry: str) -> Path:
-    """Return ``{entry}_checkpoint.pth`` of a training output, or else the only weight file of the folder."""
-    exported = folder / f"{entry}_checkpoint.pth"
-    if exported.is_file():
-        return exported
-    candidates = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
-    if len(candidates) == 1:
-        return candidates[0]
-    found = ", ".join(path.name for path in candidates[:5]) or "no weight file at all"
-    raise WeightsError(
-        f'The folder "{folder}" has no {exported.name} and not exactly one weight file, but {found}: '
-        "name the file to load."
-    )
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """Return the dictionary stored in a weight file, with all tensors on the CPU.
-
-    Tensors of a ``.pth`` archive and of safetensors are mapped from the file, not copied.
+def open_file(path: Path) -> OpenedFile:
+    """Read the table of contents of a weight file, or of all files that an index names.
 
     Raises:
         WeightsError: The file is unreadable, damaged, no weight file, or would execute code when loaded.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            head = stream.read(512)
-    except OSError as error:
-        raise WeightsError(f'The weight file "{path}" cannot be read ({error.strerror}).') from error
-    if head.startswith(b"PK\x03\x04"):
-        _check_archive(path, size)
-        content = _read_pickle(path, mmap=True)
+    path = Path(path)
+    if path.name.endswith(INDEX_SUFFIX):
+        require_file(path)
+        check_sidecar(path)
+        return _open_sharded(path)
+    return _open_single(path)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Return the dictionary stored in a weight file, with all its tensors, on the CPU.
+
+    Tensors of a ``.pth`` archive are mapped from the file, not copied.
+
+    Raises:
+        WeightsError: See :func:`open_file`.
+    """
+    return _realised(open_file(path).content)
+
+
+def _open_single(path: Path) -> OpenedFile:
+    head, size = _head_and_size(path)
+    check_sidecar(path)
+    metadata: dict[str, str] = {}
+    if _is_safetensors(path, head):  # first, as every 32nd of its headers begins like a pickle
+        kind = "safetensors"
+        content, metadata = list_safetensors(path)
+    elif head.startswith(b"PK\x03\x04"):
+        kind, content = "torch zip", read_archive(path, size)
     elif head.startswith(b"\x80"):
-        content = _read_pickle(path, mmap=False)
-    elif path.suffix == ".safetensors" or head[8:9] == b"{":
-        content = _read_safetensors(path)
+        kind, content = "torch legacy", read_legacy(path)
     else:
-        raise WeightsError(f'The weight file "{path}" {_what_it_is(head)}: download or copy it again.')
+        raise WeightsError(f'The weight file "{path}" {_what_it_is(head)}.')
     if not isinstance(content, Mapping):
         raise WeightsError(
             f'The weight file "{path}" holds a {type(content).__name__}: expected a dictionary of tensors.'
         )
-    return dict(content)
+    if kind != "safetensors":
+        content = _Listing(path, size).of(content)
+    return OpenedFile(path, dict(content), kind, metadata)
+
+
+def _head_and_size(path: Path) -> tuple[bytes, int]:
+    size = require_file(path)
+    with path.open("rb") as stream:
+        return stream.read(HEAD_BYTES), size
+
+
+def _is_safetensors(path: Path, head: bytes) -> bool:
+    """Whether a file starts with the length of a JSON table and the table, or should and is damaged."""
+    cut_off = path.suffix == ".safetensors" and head != b"" and head[6:8] in (b"", b"\0\0")
+    return head[8:9] == b"{" or cut_off
 
 
 def _what_it_is(head: bytes) -> str:
     if not head:
-        return "is empty"
+        return "is empty: download or copy it again"
+    for start, what in FOREIGN.items():
+        if head.startswith(start):
+            return what
     if head.lstrip().startswith(b"<"):
-        return "is a web page saved under this name"
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the file it points to"
-    return f"is neither a PyTorch nor a safetensors file (it starts with {head[:8]!r})"
+        return "is a web page saved under this name: download the file itself, signed in where needed"
+    start = f"it starts with {head[:8]!r}"
+    return f"is neither a PyTorch nor a safetensors file ({start}): download or copy it again"
 
 
-def _check_archive(path: Path, size: int) -> None:
-    """Refuse an archive that is cut off, altered, or larger inside than outside.
-
-    ``torch.load`` compares no checksums: without this a flipped bit becomes a wrong weight.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
-            inflated = not stored or sum(record.file_size for record in records) > size
-            # A checksum is zero where torch.serialization.set_crc32_options(False) was in force.
-            for record in () if inflated else filter(lambda record: record.CRC, records):
-                with archive.open(record) as stream:
-                    while stream.read(CHUNK_BYTES):
-                        pass
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise _damaged(path, error) from error
-    if inflated:
+def _open_sharded(index: Path) -> OpenedFile:
+    table, metadata = read_index(index)
+    shards = {file: _open_single(file) for file in dict.fromkeys(table.values())}
+    lost = [name for name, file in table.items() if name not in shards[file].content]
+    if lost:
+        shown = ", ".join(lost[:NAMES_SHOWN]) + (", ..." if len(lost) > NAMES_SHOWN else "")
         raise WeightsError(
-            f'The weight file "{path}" is an archive with compressed records, which torch.save never writes: '
-            "it is not loaded."
+            f'{len(lost)} tensors that "{index}" lists are not in the files it names for them ({shown}): '
+            "index and files are of different checkpoints; download them again."
         )
+    content = {name: shards[file].content[name] for name, file in table.items()}
+    for shard in shards.values():  # what the index forgets is shown, not lost
+        content = {**shard.content, **content}
+        metadata = {**shard.metadata, **metadata}
+    kinds = {shard.kind.partition(" ")[0] for shard in shards.values()}
+    return OpenedFile(index, content, f"sharded {' and '.join(sorted(kinds))}", metadata)
 
 
-def _read_pickle(path: Path, *, mmap: bool) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?i:unsupported global: GLOBAL|unsupported GLOBAL|GLOBAL) (\S+)", str(error))
-        if found is None:
-            raise _damaged(path, error) from error
-        raise WeightsError(
-            f'The weight file "{path}" contains the Python object {found[1]}, and loading it could run code: '
-            "it is not loaded; if you trust its origin, save its tensors alone to a new file with torch.save."
-        ) from error
-    except Exception as error:  # the restricted unpickler meets damaged input with almost any exception
-        raise _damaged(path, error) from error
+class _Listing:
+    """Turns the tensors in a dictionary of dictionaries and lists into stored ones."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self.size, self.entries = path, size, 0
+
+    def of(self, item: Any, keys: tuple[str, ...] = ()) -> Any:
+        if isinstance(item, Tensor):
+            self._count(keys)
+            return self._stored(item, ".".join(keys))
+        if isinstance(item, Mapping):
+            self._count(keys)
+            return {key: self.of(value, (*keys, str(key))) for key, value in item.items()}
+        if isinstance(item, (list, tuple)):
+            self._count(keys)
+            values = [self.of(value, (*keys, str(index))) for index, value in enumerate(item)]
+            return values if isinstance(item, list) else tuple(values)
+        return item
+
+    def _count(self, keys: tuple[str, ...]) -> None:
+        self.entries += 1
+        if self.entries > MAX_ENTRIES or len(keys) > MAX_DEPTH:
+            raise damaged(self.path, f"containers nested without end below {'.'.join(keys[:3])}")
+
+    def _stored(self, tensor: Tensor, name: str) -> StoredTensor:
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise WeightsError(
+                f'The tensor {name} of the weight file "{self.path}" has no plain values ({tensor.layout}, '
+                f"device {tensor.device.type}, {tensor.dtype}): save dense tensors that have data."
+            )
+        stored = StoredTensor.of(tensor, name)
+        if stored.nbytes > self.size:  # a view that repeats its few values, and would fill the memory
+            raise damaged(self.path, f"{name} of shape {stored.shape} is larger than the file")
+        return stored
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> WeightsError:
-    reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-    return WeightsError(
-        f'The weight file "{path}" is cut off or damaged ({reason[:120]}): download or copy it again.'
-    )
+def _realised(item: Any) -> Any:
+    if isinstance(item, StoredTensor):
+        return item.read()
+    if isinstance(item, dict):
+        return {key: _realised(value) for key, value in item.items()}
+    if isinstance(item, (list, tuple)):
+        return type(item)(_realised(value) for value in item)
+    return item

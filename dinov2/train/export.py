@@ -5,17 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dinov2 import distributed
 from dinov2.fsdp.files import write_atomically
 from dinov2.fsdp.state import gather
+from dinov2.train.head_files import CENTERS_FILE, HEADS, checkpoint_name
 from dinov2.train.lora import plain_state_dict
 
-HEADS = ("dino_head", "ibot_head")
 
-
-def export_networks(student: nn.ModuleDict, teacher: nn.ModuleDict, folder: Path) -> None:
+def export_networks(
+    student: nn.ModuleDict, teacher: nn.ModuleDict, folder: Path, *, centers: dict[str, Tensor] | None = None
+) -> None:
     """Write ``{teacher,student}_checkpoint.pth`` and one file per network and head, from rank 0.
 
     All ranks must call. Tensors are whole and on the CPU. The layouts are those of DINOv2 and its forks:
@@ -26,16 +27,20 @@ def export_networks(student: nn.ModuleDict, teacher: nn.ModuleDict, folder: Path
         student: submodules by name.
         teacher: submodules by name.
         folder: created if need be, e.g. ``<output_dir>/eval/training_9999``.
+        centers: running centres of the losses, without which a run cannot be continued from the export
+            exactly; written to a file of their own.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
     """
     for network, modules in (("teacher", teacher), ("student", student)):
-        _save({network: plain_state_dict(modules)}, folder / f"{network}_checkpoint.pth")
+        _save({network: plain_state_dict(modules)}, folder / checkpoint_name(network))
         for head in HEADS:
             if head in modules:
                 name = f"{network}_{head}"
-                _save({name: modules[head].state_dict()}, folder / f"{name}_checkpoint.pth")
+                _save({name: modules[head].state_dict()}, folder / checkpoint_name(name))
+    if centers:
+        _save(centers, folder / CENTERS_FILE)
 
 
 def _save(content: dict[str, Any], path: Path) -> None:

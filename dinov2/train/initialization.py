@@ -1,21 +1,29 @@
-"""Where the first weights come from: a pretrained backbone and, optionally, pretrained heads."""
+"""Where the first weights come from: a pretrained backbone, pretrained heads, or an earlier run's export."""
 
+import json
 import logging
 from pathlib import Path
 
-from omegaconf import DictConfig
+import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from dinov2.configs.checks import crop_sizes
+from dinov2.configs.sources import flatten
 from dinov2.errors import ConfigError, WeightsError
-from dinov2.models.pretrained import load_backbone, load_head
+from dinov2.fsdp.files import write_atomically
+from dinov2.models.auto import AUTO, settle_architecture
+from dinov2.models.head_weights import load_head
+from dinov2.models.pretrained import BackboneWeights, LoadReport, load_backbone, open_weights
+from dinov2.models.weight_files import read_file
+from dinov2.train.head_files import HEADS, NETWORKS, ContinuedFiles, checkpoint_name, find_files
+from dinov2.train.initial_weights import InitialWeights, Part, fingerprint
 
 logger = logging.getLogger("dinov2")
 
-HEADS = ("dino_head", "ibot_head")
-
 
 def pretrained_source(cfg: DictConfig) -> str:
-    """Return the backbone file named by either spelling, or an empty string for random weights."""
+    """Return the backbone source named by either spelling, or an empty string for none."""
     sources = {
         "student.pretrained_weights": cfg.student.pretrained_weights,
         "train.init_weights_from_chkpt": cfg.train.init_weights_from_chkpt,
@@ -27,46 +35,165 @@ def pretrained_source(cfg: DictConfig) -> str:
     return next(iter(named.values()), "")
 
 
-def load_initial_weights(student: nn.ModuleDict, teacher: nn.ModuleDict, cfg: DictConfig) -> set[str]:
+def backbone_weights(cfg: DictConfig) -> BackboneWeights | None:
+    """Open the weights that the student's backbone starts from; None for random ones.
+
+    They are named by :func:`pretrained_source`, or else are those of the student in ``head.head_path``.
+    """
+    source = pretrained_source(cfg)
+    if source:
+        return open_weights(source)
+    files = find_files(cfg.head.head_path) if cfg.head.head_path else None
+    if files and files.has_both_backbones:
+        return open_weights(str(files.backbones["student"]), "student")
+    return None
+
+
+def settle_config(cfg: DictConfig) -> None:
+    """Read ``student.arch: auto`` off the weights, in place; nothing happens with another architecture.
+
+    Raises:
+        ConfigError: there are no weights to read it from, or the crops do not divide into their patches.
+        WeightsError: the weights cannot be read or do not tell their architecture.
+    """
+    if cfg.student.arch != AUTO:
+        return
+    weights = backbone_weights(cfg)
+    if weights is None:
+        raise ConfigError(
+            "student.arch is auto, but no weights are named to read the architecture from: set "
+            "student.pretrained_weights, or name the architecture."
+        )
+    settle_architecture(cfg.student, weights)
+    problems = [finding.text for finding in crop_sizes(dict(flatten(OmegaConf.to_container(cfg))))]
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def load_initial_weights(
+    student: nn.ModuleDict, teacher: nn.ModuleDict, losses: dict[str, nn.Module], cfg: DictConfig
+) -> InitialWeights:
     """Load what the config names into the networks.
 
-    The backbone goes into the student, from which the teacher copies it. Heads come in pairs from
-    ``head.head_path``.
+    A backbone named by ``student.pretrained_weights`` goes into the student, from which the teacher copies
+    it. Without one, a ``head.head_path`` that holds ``student_checkpoint.pth`` and ``teacher_checkpoint.pth``
+    is an earlier run to continue: both networks and the losses' centres are restored from it. Heads come in
+    pairs from ``head.head_path``.
+
+    Args:
+        student: Submodules by name.
+        teacher: Submodules by name.
+        losses: Loss modules with a ``center`` by the name under which it is exported.
+        cfg: Resolved config.
 
     Returns:
-        Names of the teacher submodules that were loaded and must not be overwritten by the student's.
+        What was loaded; parts of the teacher that are absent have to copy the student's.
 
     Raises:
         WeightsError: if a file is missing or does not fit.
     """
+    files = find_files(cfg.head.head_path) if cfg.head.head_path else None
+    reports: dict[str, LoadReport] = {}
+    fit = {
+        "pos_embed": cfg.student.pos_embed_resampling,
+        "patch_embed": cfg.student.patch_embed_resampling,
+    }
     source = pretrained_source(cfg)
     if source:
-        load_backbone(student["backbone"], source)
+        reports["student.backbone"] = load_backbone(student["backbone"], source, **fit)
+    elif files and files.has_both_backbones:
+        for network, modules in (("student", student), ("teacher", teacher)):
+            path = str(files.backbones[network])
+            reports[f"{network}.backbone"] = load_backbone(modules["backbone"], path, entry=network, **fit)
+        _load_centers(losses, files, cfg)
     else:
         logger.info("student backbone: random weights (student.pretrained_weights is empty)")
-    if not cfg.head.head_path:
-        return set()
-    return _load_heads(student, teacher, Path(cfg.head.head_path))
+    if files:
+        reports |= _load_heads(student, teacher, files, reinit=cfg.head.on_missing == "reinit")
+    modules = {"student": student, "teacher": teacher}
+    return InitialWeights(
+        {name: _part(report, _module(modules, name)) for name, report in reports.items()}, reports
+    )
 
 
-def _load_heads(student: nn.ModuleDict, teacher: nn.ModuleDict, folder: Path) -> set[str]:
-    if not folder.is_dir():
-        raise WeightsError(
-            f"head.head_path is {str(folder)!r}, which is not a folder; name a folder such as "
-            "eval/training_9999 that holds student_dino_head_checkpoint.pth and its teacher counterpart."
-        )
-    wanted = [name for name in HEADS if name in student]
-    files = {
-        (network, head): folder / f"{network}_{head}_checkpoint.pth"
-        for head in wanted
-        for network in ("student", "teacher")
-    }
-    missing = [path.name for path in files.values() if not path.is_file()]
-    if missing:
-        raise WeightsError(
-            f"head.head_path {str(folder)!r} lacks {', '.join(missing)}; student and teacher heads are "
-            "needed together for every head the config trains (see ibot.separate_head)."
-        )
-    for (network, head), path in files.items():
-        load_head((student if network == "student" else teacher)[head], str(path), f"{network}_{head}")
-    return set(wanted)
+def _module(networks: dict[str, nn.ModuleDict], name: str) -> nn.Module:
+    network, _, part = name.partition(".")
+    return networks[network][part]
+
+
+def _part(report: LoadReport, module: nn.Module) -> Part:
+    return Part(
+        source=report.source,
+        share=report.share,
+        missing=list(report.missing),
+        fingerprint=fingerprint(module),
+        normalisation=report.normalisation,
+        format=report.layout,
+        resampled=report.resampled,
+    )
+
+
+def _load_heads(
+    student: nn.ModuleDict, teacher: nn.ModuleDict, files: ContinuedFiles, *, reinit: bool
+) -> dict[str, LoadReport]:
+    """Load every head that the config trains, for student and teacher together."""
+    reports = {}
+    for head in (name for name in HEADS if name in student):
+        keys = {network: f"{network}_{head}" for network in NETWORKS}
+        missing = [keys[network] for network in NETWORKS if keys[network] not in files.heads]
+        if missing and not reinit:
+            raise WeightsError(_missing_heads(files, head, missing))
+        if missing:
+            logger.warning(
+                "%s: random weights in student and teacher, as %s has no %s (head.on_missing reinit)",
+                *(head, files.place, " and ".join(missing)),
+            )
+            continue
+        for network, modules in (("student", student), ("teacher", teacher)):
+            reports[f"{network}.{head}"] = load_head(
+                modules[head], str(files.heads[keys[network]]), keys[network]
+            )
+    unused = sorted(key for key in files.heads if key.partition("_")[2] not in student)
+    if unused:
+        logger.warning("%s also holds %s, which this config does not train", files.place, ", ".join(unused))
+    return reports
+
+
+def _missing_heads(files: ContinuedFiles, head: str, missing: list[str]) -> str:
+    """Return the sentence for heads that are not there: what is there, and which config would fit it."""
+    names = " and ".join(checkpoint_name(key) for key in missing)
+    sentence = f"head.head_path {files.place!r} lacks {names}"
+    if len(missing) == 1:
+        sentence += ", while the other network's is there: student and teacher heads are needed together"
+    elif head == "ibot_head" and any("dino_head" in key for key in files.heads):
+        sentence += " but has DINO heads: set ibot.separate_head=false, with which iBOT uses them,"
+    elif head == "dino_head" and any("ibot_head" in key for key in files.heads):
+        sentence += " but has iBOT heads: set dino.loss_weight=0, with which no DINO head is needed,"
+    return f"{sentence}; or set head.on_missing=reinit to start this head with random weights."
+
+
+def _load_centers(losses: dict[str, nn.Module], files: ContinuedFiles, cfg: DictConfig) -> None:
+    """Restore the running centres of a continued run; Sinkhorn-Knopp needs none."""
+    if cfg.train.centering != "centering":
+        return
+    if files.centers is None:
+        logger.warning("%s has no centers_checkpoint.pth: the centres of the losses start at 0", files.place)
+        return
+    stored = read_file(files.centers)
+    for name, loss in losses.items():
+        center = stored.get(name)
+        if not isinstance(center, torch.Tensor) or center.shape != loss.center.shape:
+            raise WeightsError(
+                f"{files.centers} has no {name} of shape {tuple(loss.center.shape)}: continue with the same "
+                "losses and prototypes, or remove the file to start with centres of 0."
+            )
+        loss.center.copy_(center)
+    logger.info("centres of the losses: restored from %s", files.centers)
+
+
+def write_reports(initial: InitialWeights, output_dir: Path) -> None:
+    """Write ``load_report.json``: what became of every tensor of every file that was loaded."""
+    if initial.reports:
+        content = {name: report.to_json() for name, report in initial.reports.items()}
+        text = json.dumps(content, indent=1).encode()
+        write_atomically(output_dir / "load_report.json", lambda file: file.write(text))

@@ -94,6 +94,22 @@ def build_collate(cfg: DictConfig, dtype: torch.dtype = torch.float32) -> partia
     )
 
 
+def build_sampler(cfg: DictConfig, dataset: Dataset, start_iteration: int) -> PositionSampler:
+    """Return this rank's endless order of tiles, from the batch of ``start_iteration`` on."""
+    first_position = start_iteration * cfg.train.batch_size_per_gpu
+    shared = {
+        "sample_count": len(dataset),
+        "shuffle": True,
+        "seed": cfg.train.seed,
+        "advance": first_position,
+    }
+    if cfg.train.sampler_type == "infinite":
+        sampler = InfiniteSampler(**shared)
+    else:
+        sampler = ShardedInfiniteSampler(**shared, advance_per_rank=True)
+    return PositionSampler(sampler, first_position)
+
+
 def build_data_loader(
     cfg: DictConfig, dataset: Dataset, start_iteration: int, dtype: torch.dtype = torch.float32
 ) -> DataLoader:
@@ -108,21 +124,10 @@ def build_data_loader(
         start_iteration: iterations already done.
         dtype: number format of the crops.
     """
-    first_position = start_iteration * cfg.train.batch_size_per_gpu
-    shared = {
-        "sample_count": len(dataset),
-        "shuffle": True,
-        "seed": cfg.train.seed,
-        "advance": first_position,
-    }
-    if cfg.train.sampler_type == "infinite":
-        sampler = InfiniteSampler(**shared)
-    else:
-        sampler = ShardedInfiniteSampler(**shared, advance_per_rank=True)
     num_workers = cfg.train.num_workers
     return DataLoader(
         ReproducibleSamples(dataset, cfg.train.seed, distributed.get_global_rank()),
-        sampler=PositionSampler(sampler, first_position),
+        sampler=build_sampler(cfg, dataset, start_iteration),
         batch_size=cfg.train.batch_size_per_gpu,
         num_workers=num_workers,
         pin_memory=resolve_device(cfg.train.device).type == "cuda",

@@ -96,6 +96,7 @@ class SSLMetaArch(nn.Module):
         student, teacher: ``nn.ModuleDict`` with ``backbone``, ``dino_head`` and, if separate, ``ibot_head``.
         dino_loss, ibot_patch_loss, koleo_loss: the terms that are on.
         fp16_scaler: gradient scaler, or None where no network runs in fp16.
+        initial_weights: which parts were loaded from a file.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -124,7 +125,7 @@ class SSLMetaArch(nn.Module):
         if self.do_ibot:
             self.ibot_patch_loss = iBOTPatchLoss(self.ibot_out_dim)
 
-        self.teacher_parts_loaded = load_initial_weights(self.student, self.teacher, cfg)
+        self.initial_weights = load_initial_weights(self.student, self.teacher, self.centers(), cfg)
         self.precision = Precision(cfg.compute_precision, torch.device("cpu"))
         self.fp16_scaler: ShardedGradScaler | None = None
 
@@ -299,11 +300,15 @@ class SSLMetaArch(nn.Module):
         self.teacher.eval()
         return self
 
+    def centers(self) -> dict[str, nn.Module]:
+        """Return the loss modules that keep a running centre, by the name of the buffer in a run state."""
+        names = ("dino_loss", "ibot_patch_loss")
+        return {f"{name}.center": getattr(self, name) for name in names if hasattr(self, name)}
+
     def finish_center_updates(self) -> None:
         """Apply pending centre updates, so that the state saved is complete."""
-        for loss in (getattr(self, "dino_loss", None), getattr(self, "ibot_patch_loss", None)):
-            if loss is not None:
-                loss.apply_center_update()
+        for loss in self.centers().values():
+            loss.apply_center_update()
 
     def get_maybe_fused_params_for_submodel(self, m: nn.Module) -> list[dict[str, Any]]:
         """Return the fused parameter groups of one student submodule."""
@@ -337,7 +342,7 @@ class SSLMetaArch(nn.Module):
                 "build its heads with use_bn=False."
             )
         for name, module in self.student.items():
-            if name not in self.teacher_parts_loaded:
+            if f"teacher.{name}" not in self.initial_weights.parts:
                 self.teacher[name].load_state_dict(module.state_dict())
         self._restrict_training()
         if distributed.is_enabled():

@@ -27,12 +27,13 @@ from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
 from dinov2 import distributed
-from dinov2.errors import UserError, WeightsError
+from dinov2.errors import ConfigError, UserError, WeightsError
 from dinov2.fsdp import FSDPCheckpointer
 from dinov2.logging import MetricLogger
 from dinov2.train.arguments import get_args_parser
 from dinov2.train.export import export_networks
 from dinov2.train.freezing import BackboneStart
+from dinov2.train.initialization import settle_config, write_reports
 from dinov2.train.input import build_data_loader, build_dataset
 from dinov2.train.optimizer import (
     apply_optim_scheduler,
@@ -42,6 +43,7 @@ from dinov2.train.optimizer import (
 )
 from dinov2.train.run_length import describe_run_length, settle_run_length, total_iterations
 from dinov2.train.schedules import ScheduleValues, build_schedulers
+from dinov2.train.self_check import enforce, run_self_check
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.config import setup, write_config
 from dinov2.utils.device import resolve_device
@@ -142,7 +144,11 @@ def _require_finite(values: dict[str, float], what: str) -> None:
 def do_test(cfg: DictConfig, model: SSLMetaArch, iteration: str | int) -> None:
     """Export teacher and student to ``<output_dir>/eval/<iteration>``, e.g. ``training_9999``."""
     folder = Path(cfg.train.output_dir) / "eval" / str(iteration)
-    export_networks(model.student, model.teacher, folder)
+    centers = None
+    if cfg.train.centering == "centering":
+        model.finish_center_updates()
+        centers = {name: loss.center for name, loss in model.centers().items()}
+    export_networks(model.student, model.teacher, folder, centers=centers)
     logger.info("exported teacher and student to %s", folder)
 
 
@@ -162,6 +168,7 @@ def do_train(
 
     Raises:
         NonFiniteLossError: naming iteration and losses; the last checkpoint is intact.
+        SelfCheckError: the run would not do what its config says (``train.self_check`` stop).
     """
     model.train()
     dataset = build_dataset(cfg) if dataset is None else dataset
@@ -174,9 +181,11 @@ def do_train(
         delimiter="  ", output_file=str(Path(cfg.train.output_dir) / "training_metrics.json")
     )
     restored = restore(cfg, model, resume=resume, optimizer=optimizer, metrics=metrics)
-    # The weights of MODEL.WEIGHTS begin a new run, whatever count of iterations stands in the file.
-    start_iteration = restored.iterations_done if restored.continues else 0
+    # Weights alone begin a new run, whatever count of iterations stands in a file, unless the config says so.
+    start_iteration = restored.iterations_done if restored.continues else cfg.optim.start_iter
     max_iterations = total_iterations(cfg)
+    if not restored.continues:
+        _begin(cfg, model, max_iterations)
     if start_iteration >= max_iterations:
         logger.info("this run is complete: %d of %d iterations are done", start_iteration, max_iterations)
         return {}
@@ -189,6 +198,10 @@ def do_train(
             "a batch of %d images repeats some of the %d tiles", images_per_iteration, len(dataset)
         )
     restored.checkpointer.rehearse(iteration=start_iteration)
+    check = run_self_check(
+        cfg, model, optimizer, dataset, initial=model.initial_weights, start_iteration=start_iteration
+    )
+    enforce(check, cfg.train.self_check)
     loader = build_data_loader(cfg, dataset, start_iteration, model.precision.input_dtype)
     batches = metrics.log_every(
         loader,
@@ -236,6 +249,23 @@ class Restored(NamedTuple):
     checkpointer: FSDPCheckpointer
     continues: bool  # from a checkpoint in the output directory
     iterations_done: int  # by the run that wrote what was loaded; 0 if nothing was
+
+
+def _begin(cfg: DictConfig, model: SSLMetaArch, max_iterations: int) -> None:
+    """Say what a run that has nothing to resume starts from."""
+    if distributed.is_main_process():
+        write_reports(model.initial_weights, Path(cfg.train.output_dir))
+    start = cfg.optim.start_iter
+    if start >= max_iterations:
+        raise ConfigError(
+            f"optim.start_iter {start} is not before the end of the run of {max_iterations} iterations: "
+            "lower it, or lengthen the run."
+        )
+    if start:
+        logger.info(
+            "schedules and data order begin at iteration %d (optim.start_iter), the optimizer's moments at 0",
+            start,
+        )
 
 
 def restore(cfg: DictConfig, model: SSLMetaArch, *, resume: bool, **state: Any) -> Restored:
@@ -290,6 +320,7 @@ def main(args: argparse.Namespace) -> None:
         logger.warning('--eval "%s" has no effect: --eval-only exports a checkpoint', args.eval)
     torch.backends.cuda.matmul.allow_tf32 = True
     device = resolve_device(cfg.train.device)
+    settle_config(cfg)
     # Before the networks are built: a wrong dataset string should not cost the time that takes.
     dataset = None if args.eval_only else build_dataset(cfg)
     model = SSLMetaArch(cfg).to(device)

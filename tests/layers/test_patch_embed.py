@@ -1,12 +1,14 @@
 """Patch embedding: order of the patches, attributes and refused sizes."""
 
 import pytest
+import timm.layers
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dinov2.errors import ConfigError
 from dinov2.layers import PatchEmbed
-from dinov2.layers.patch_embed import make_2tuple
+from dinov2.layers.patch_embed import make_2tuple, resample_patch_embedding
 
 
 def test_tokens_are_projected_patches_row_by_row():
@@ -47,3 +49,21 @@ def test_make_2tuple():
     for wrong in ([3, 4], (1, 2, 3), 3.0):
         with pytest.raises(TypeError, match="an integer or a tuple"):
             make_2tuple(wrong)
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(16, 14), (14, 16), (16, 8), (8, 16)])
+def test_resampled_patch_embeddings_equal_timm(stored, wanted):
+    torch.manual_seed(0)
+    weight = torch.randn(5, 3, stored, stored)
+    expected = timm.layers.resample_patch_embed(weight, [wanted, wanted], verbose=False)
+    torch.testing.assert_close(
+        resample_patch_embedding(weight, (wanted, wanted)), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_larger_patches_give_the_same_tokens_for_resized_images():
+    torch.manual_seed(0)
+    weight, patch = torch.randn(5, 3, 14, 14), torch.rand(2, 3, 14, 14)
+    larger = F.interpolate(patch, size=(16, 16), mode="bicubic", antialias=True)
+    tokens = F.conv2d(larger, resample_patch_embedding(weight, (16, 16)))
+    torch.testing.assert_close(tokens, F.conv2d(patch, weight), rtol=1e-4, atol=1e-4)

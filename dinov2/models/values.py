@@ -1,0 +1,64 @@
+"""Whether the numbers in a weight file can be those of a trained network."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from dinov2.errors import WeightsError
+from dinov2.models.digest import DIGEST_KEY, tensors_digest
+from dinov2.models.report import first_names
+from dinov2.models.stored import StoredTensor
+
+# A flipped bit in an exponent makes numbers like 1e38. The largest weights of published ViTs are below 1e3.
+LARGEST_PLAUSIBLE = 1e6
+
+
+def check_values(
+    source: str,
+    state: Mapping[str, StoredTensor],
+    tensors: Mapping[str, StoredTensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Read every tensor once and raise :class:`WeightsError` if its values cannot be right.
+
+    Args:
+        source: Name of the file for messages.
+        state: What is going to be loaded.
+        tensors: All tensors of the file.
+        metadata: What the file says about itself, among it perhaps a digest of its tensors.
+    """
+    broken, huge = [], []
+    for name, stored in state.items():
+        if not stored.numel:
+            continue
+        low, high = torch.aminmax(stored.read())  # NaN comes through
+        largest = torch.maximum(-low, high).item()
+        if not math.isfinite(largest):
+            broken.append(name)
+        elif largest > LARGEST_PLAUSIBLE:
+            huge.append(f"{name} {largest:.2g}")
+    if broken:
+        raise WeightsError(
+            f"The weights in {source} contain NaN or infinity in {len(broken)} tensors "
+            f"({first_names(broken)}): the run that wrote them diverged or the file is damaged; use an "
+            "earlier checkpoint."
+        )
+    if huge:
+        raise WeightsError(
+            f"The weights in {source} contain values that no trained network has ({first_names(huge)}): the "
+            "file is damaged; download or copy it again."
+        )
+    _check_digest(source, tensors, metadata)
+
+
+def _check_digest(source: str, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> None:
+    expected = metadata.get(DIGEST_KEY)
+    if expected is None:
+        return
+    found = tensors_digest((name, tensors[name].read()) for name in sorted(tensors))
+    if found != expected:
+        raise WeightsError(
+            f"The tensors in {source} have the digest {found} instead of {expected}, which the file states: "
+            "it is damaged; download or copy it again."
+        )

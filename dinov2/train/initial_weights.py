@@ -1,0 +1,64 @@
+"""What became of the weights a run starts from, kept so that a check can compare it with the networks."""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.models.report import LoadReport
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one submodule took from a file.
+
+    Attributes:
+        source: The file.
+        share: Share of the submodule's parameters, counted in elements, that came from it, 0..1.
+        missing: Parameters that keep their initial values, as the file lacks them.
+        fingerprint: :func:`fingerprint` of the submodule right after loading.
+        normalisation: Mean and standard deviation per channel that the source states, if it does.
+        format: Layout of the file, in words.
+        resampled: Parameters that were brought to another size -> how.
+    """
+
+    source: str
+    share: float
+    missing: list[str]
+    fingerprint: str
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    format: str = ""
+    resampled: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """The loaded submodules by name, e.g. ``student.backbone``; a name that is absent has random weights.
+
+    Attributes:
+        parts: What each of them took.
+        reports: The same tensor by tensor.
+    """
+
+    parts: dict[str, Part] = field(default_factory=dict)
+    reports: dict[str, LoadReport] = field(default_factory=dict)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return a digest of the names, shapes and bits of a module's state, the same on every device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_checksum(tensor)}\n".encode())
+    return digest.hexdigest()
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Sum the elements' bits, each times an odd number of its own, modulo 2^64: exact in any order.
+
+    Hashing the bytes themselves would move a model of 5 GB from its GPU and take many seconds.
+    """
+    bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).flatten().long()
+    return int((bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum())
