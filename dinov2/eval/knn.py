@@ -8,7 +8,7 @@ import argparse
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,7 @@ def eval_knn_with_model(
     n_tries: int = 1,
     *,
     pretrained_weights: str | None = None,
+    normalisation: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, float | list[float]]:
     """Evaluate a backbone by k-NN and write ``results_eval_knn.json`` and its summary.
 
@@ -152,6 +153,8 @@ def eval_knn_with_model(
         n_per_class_list: Training samples per class to try; -1 means all.
         n_tries: Random choices of the training samples to average over.
         pretrained_weights: Noted in the summary.
+        normalisation: ``mean`` and ``std`` per channel that the model was trained with, for the default
+            transform; None is ImageNet's.
 
     Returns:
         Percentages by names such as ``('full', 10) Top 1``.
@@ -161,7 +164,7 @@ def eval_knn_with_model(
         DatasetError: A dataset string is wrong, or labels are missing or do not belong together.
     """
     _check_options(nb_knn, temperature, n_per_class_list, n_tries)
-    transform = transform or make_classification_eval_transform()
+    transform = transform or make_classification_eval_transform(**(normalisation or {}))
     train_dataset = make_labelled_dataset(train_dataset_str, transform)
     val_dataset = make_labelled_dataset(val_dataset_str, transform)
     check_same_classes(train_dataset, val_dataset)

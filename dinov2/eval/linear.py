@@ -7,7 +7,7 @@ Run as ``python dinov2/eval/linear.py`` or under torchrun. The classifiers are i
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -75,13 +75,16 @@ def make_eval_data_loader(
     metric_type: MetricType,
     *,
     train_dataset: Dataset | None = None,
+    normalisation: Mapping[str, Sequence[float]] | None = None,
 ) -> DataLoader:
     """Return the loader of a validation or test set; lists of labels are padded with -1 for any metric.
 
     Raises:
         DatasetError: There are no labels, or the classes are named otherwise than those of ``train_dataset``.
     """
-    dataset = make_labelled_dataset(test_dataset_str, make_classification_eval_transform())
+    dataset = make_labelled_dataset(
+        test_dataset_str, make_classification_eval_transform(**(normalisation or {}))
+    )
     if train_dataset is not None:
         check_same_classes(train_dataset, dataset)
     return make_evaluation_loader(dataset, batch_size, num_workers)
@@ -102,6 +105,7 @@ def test_on_datasets(
     test_class_mappings: Sequence[Tensor | None] = (None,),
     *,
     train_dataset: Dataset | None = None,
+    normalisation: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, float]:
     """Return ``<dataset>_accuracy`` in percent of the classifier chosen on the validation set."""
     results = {}
@@ -113,7 +117,14 @@ def test_on_datasets(
         scores = evaluate_linear_classifiers(
             feature_model,
             linear_classifiers,
-            make_eval_data_loader(dataset_str, batch_size, num_workers, metric_type, train_dataset=like),
+            make_eval_data_loader(
+                dataset_str,
+                batch_size,
+                num_workers,
+                metric_type,
+                train_dataset=like,
+                normalisation=normalisation,
+            ),
             metric_type,
             metrics_file_path,
             training_num_classes,
@@ -151,6 +162,7 @@ def run_eval_linear(
     test_metric_types: Sequence[MetricType] | None = None,
     *,
     pretrained_weights: str | None = None,
+    normalisation: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, str | float]:
     """Train the grid, choose on the validation set, report, and write ``results_eval_linear.json``.
 
@@ -166,6 +178,7 @@ def run_eval_linear(
         classifier_fpath: Checkpoint to start from when there is none to resume.
         val_class_mapping_fpath: ``.npy`` of the classifier's index of each of the dataset's classes.
         pretrained_weights: Noted in the summary.
+        normalisation: ``mean`` and ``std`` per channel that the model was trained with; None is ImageNet's.
 
     Returns:
         ``best_classifier`` (its name) and ``<dataset>_accuracy`` in percent per dataset.
@@ -188,7 +201,9 @@ def run_eval_linear(
     )
     test_metric_types = _for_each(test_dataset_strs, test_metric_types or [val_metric_type], "metric types")
     val_class_mapping = _read_class_mapping(val_class_mapping_fpath)
-    train_dataset = make_labelled_dataset(train_dataset_str, make_classification_train_transform())
+    train_dataset = make_labelled_dataset(
+        train_dataset_str, make_classification_train_transform(**(normalisation or {}))
+    )
     num_classes = count_classes(training_labels(train_dataset, train_dataset_str))
     val_data_loader = make_eval_data_loader(
         val_dataset_str,
@@ -196,6 +211,7 @@ def run_eval_linear(
         num_workers,
         val_metric_type,
         train_dataset=train_dataset if val_class_mapping is None else None,
+        normalisation=normalisation,
     )
     feature_model = ModelWithIntermediateLayers(
         model, max(N_LAST_BLOCKS), partial(autocast_context, device_of(model), autocast_dtype)
@@ -235,6 +251,7 @@ def run_eval_linear(
         iteration=max_iter,
         training_num_classes=num_classes,
         train_dataset=train_dataset,
+        normalisation=normalisation,
         batch_size=batch_size,
         num_workers=num_workers,
         metrics_file_path=metrics_file_path,

@@ -7,6 +7,7 @@ of C. The fit itself is in :mod:`dinov2.eval.logistic`.
 import argparse
 import logging
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -183,6 +184,7 @@ def eval_log_regression_with_model(
     num_workers: int = 0,
     output_dir: str | None = None,
     pretrained_weights: str | None = None,
+    normalisation: Mapping[str, Sequence[float]] | None = None,
 ) -> dict[str, float | list[float]]:
     """Evaluate a backbone by logistic regression on its features, which are not normalised.
 
@@ -200,6 +202,7 @@ def eval_log_regression_with_model(
         num_workers: Processes that read images, per process.
         output_dir: Where the summary goes; None writes none.
         pretrained_weights: Noted in the summary.
+        normalisation: ``mean`` and ``std`` per channel that the model was trained with; None is ImageNet's.
 
     Returns:
         ``top-1`` and, from five classes on, ``top-5`` in percent, and ``best_C``.
@@ -216,7 +219,9 @@ def eval_log_regression_with_model(
         raise ConfigError(
             "C can be chosen on one dataset only: give either --finetune-dataset-str or --finetune-on-val"
         )
-    transform = make_classification_eval_transform(resize_size=IMAGE_SIZE, crop_size=IMAGE_SIZE)
+    transform = make_classification_eval_transform(
+        resize_size=IMAGE_SIZE, crop_size=IMAGE_SIZE, **(normalisation or {})
+    )
     train_dataset = make_labelled_dataset(train_dataset_str, transform)
     val_dataset = make_labelled_dataset(val_dataset_str, transform)
     check_same_classes(train_dataset, val_dataset)

@@ -11,7 +11,7 @@ from torch.backends import cudnn
 from dinov2.errors import ConfigError
 from dinov2.models import build_model_from_cfg
 from dinov2.models.auto import AUTO, settle_architecture
-from dinov2.models.pretrained import load_backbone, open_weights
+from dinov2.models.pretrained import BackboneWeights, load_backbone, open_weights
 from dinov2.utils.config import setup
 from dinov2.utils.device import resolve_device
 
@@ -62,6 +62,7 @@ def build_model_for_eval(config: Any, pretrained_weights: str | None) -> nn.Modu
         )
     if weights is not None:
         settle_architecture(config.student, weights)
+        _compare_normalisation(config, weights)
     model, _ = build_model_from_cfg(config, only_teacher=True)
     if weights is not None:
         load_backbone(
@@ -75,9 +76,25 @@ def build_model_for_eval(config: Any, pretrained_weights: str | None) -> nn.Modu
     return model.eval().requires_grad_(False).to(resolve_device(config.train.device))
 
 
+def _compare_normalisation(config: Any, weights: BackboneWeights) -> None:
+    """Warn if the images will be normalised otherwise than those that the weights were trained with."""
+    given = tuple(config.crops.mean), tuple(config.crops.std)
+    if weights.normalisation not in (None, given):
+        mean, std = weights.normalisation
+        logger.warning(
+            "%s was trained on images normalised with mean %s and std %s, but crops.mean is %s and "
+            "crops.std %s: set them to the former",
+            *(weights.source, list(mean), list(std), *map(list, given)),
+        )
+
+
 def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dtype]:
-    """Set up the process (config, log, process group, seeds) and return the model and its autocast dtype."""
+    """Set up the process (config, log, process group, seeds) and return the model and its autocast dtype.
+
+    ``args.normalisation`` becomes ``mean`` and ``std`` of the config, for the transform of the images.
+    """
     cudnn.benchmark = True
     config = setup(args, keep_existing_config=True)
+    args.normalisation = {"mean": list(config.crops.mean), "std": list(config.crops.std)}
     model = build_model_for_eval(config, args.pretrained_weights)
     return model, get_autocast_dtype(config)

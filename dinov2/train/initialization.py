@@ -105,11 +105,15 @@ def load_initial_weights(
         for network, modules in (("student", student), ("teacher", teacher)):
             path = str(files.backbones[network])
             reports[f"{network}.backbone"] = load_backbone(modules["backbone"], path, entry=network, **fit)
-        _load_centers(losses, files, cfg)
     else:
         logger.info("student backbone: random weights (student.pretrained_weights is empty)")
     if files:
         reports |= _load_heads(student, teacher, files, reinit=cfg.head.on_missing == "reinit")
+        if "teacher.backbone" in reports and cfg.train.centering == "centering":
+            separate = "ibot_head" if "ibot_head" in student else "dino_head"
+            heads = {"dino_loss.center": "dino_head", "ibot_patch_loss.center": separate}
+            kept = {name: loss for name, loss in losses.items() if f"teacher.{heads[name]}" in reports}
+            _load_centers(kept, files)
     modules = {"student": student, "teacher": teacher}
     return InitialWeights(
         {name: _part(report, _module(modules, name)) for name, report in reports.items()}, reports
@@ -172,10 +176,8 @@ def _missing_heads(files: ContinuedFiles, head: str, missing: list[str]) -> str:
     return f"{sentence}; or set head.on_missing=reinit to start this head with random weights."
 
 
-def _load_centers(losses: dict[str, nn.Module], files: ContinuedFiles, cfg: DictConfig) -> None:
-    """Restore the running centres of a continued run; Sinkhorn-Knopp needs none."""
-    if cfg.train.centering != "centering":
-        return
+def _load_centers(losses: dict[str, nn.Module], files: ContinuedFiles) -> None:
+    """Restore the running centres of a continued run, for the losses whose heads were restored."""
     if files.centers is None:
         logger.warning("%s has no centers_checkpoint.pth: the centres of the losses start at 0", files.place)
         return

@@ -165,6 +165,19 @@ def test_reinit_starts_a_missing_head_afresh_and_says_so(tiny, exported, caplog)
     assert {"student.dino_head", "teacher.dino_head"} == model.initial_weights.parts.keys()
 
 
+def test_a_fresh_head_of_a_continued_run_starts_with_a_centre_of_zero(tiny, exported):
+    for file in exported.glob("*_ibot_head_checkpoint.pth"):
+        file.unlink()
+    for network in ("student", "teacher"):  # the whole networks hold them, too
+        path = exported / f"{network}_checkpoint.pth"
+        state = torch.load(path, weights_only=True)[network]
+        torch.save({network: {k: t for k, t in state.items() if not k.startswith("ibot_head.")}}, path)
+    more = (*SEPARATE[:1], "ibot.head_n_prototypes=16", *SEPARATE[2:])
+    model = SSLMetaArch(tiny.resolve(*more, f"head.head_path={exported}", "head.on_missing=reinit"))
+    assert model.dino_loss.center.any() and not model.ibot_patch_loss.center.any()
+    assert "teacher.ibot_head" not in model.initial_weights.parts
+
+
 def test_start_iter_has_to_lie_inside_the_run(tiny, tmp_path):
     with pytest.raises(ConfigError, match="optim.start_iter 6 is not before the end"):
         tiny.start(tmp_path / "run", "optim.start_iter=6")
