@@ -7,6 +7,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from dinov2.configs import CONFIGS_DIR, dinov2_default_config, resolve
+from dinov2.configs.schema import ARCHITECTURE_SIZES
 from dinov2.configs.sources import flatten
 
 RECIPES = sorted(path for path in CONFIGS_DIR.rglob("*.yaml") if path.parent != CONFIGS_DIR)
@@ -81,6 +82,18 @@ def test_histology_recipes_follow_the_published_settings(name, batch, dataset):
     assert (cfg.optim.weight_decay, cfg.optim.weight_decay_end) == (0.04, 0.2)
     assert (cfg.teacher.momentum_teacher, cfg.teacher.teacher_temp) == (0.994, 0.07)
     assert (cfg.dino.head_n_prototypes, cfg.ibot.separate_head) == (65536, False)
+
+
+@pytest.mark.parametrize(
+    "name", ["vits14-nct", "vitg14-nct", "vits14-tcga", "vitg14-tcga", "vitl16-tcga-dino"]
+)
+def test_finetuning_recipes_freeze_half_of_the_blocks_and_say_how_not_to(name):
+    cfg = resolved(f"train/{name}.yaml")
+    depth = ARCHITECTURE_SIZES[cfg.student.arch][1]
+    assert cfg.train.freeze_blocks == depth // 2
+    header = (CONFIGS_DIR / "train" / f"{name}.yaml").read_text().partition("\ntrain:")[0]
+    assert "# Gentle start: " in header and "train.freeze_blocks=0 gives back" in header
+    assert resolve(str(CONFIGS_DIR / "train" / f"{name}.yaml"), ["train.freeze_blocks=0"]).warnings == ()
 
 
 def test_nct_recipes_run_ten_thousand_iterations():
