@@ -4,6 +4,7 @@ A check reads values from a flat mapping ``{"optim.epochs": 100, ...}`` and yiel
 whose own value was refused are missing from that mapping, and a check that needs one is skipped.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -191,6 +192,21 @@ def frozen_parts(values: Values) -> Iterator[Finding]:
             )
 
 
+def continuing(values: Values) -> Iterator[Finding]:
+    start, head_path = values["optim.start_iter"], values["head.head_path"]
+    if start and not head_path:
+        yield warn(
+            f"optim.start_iter {start} skips the beginning of schedules and data, though no head.head_path "
+            "names an earlier run to go on from"
+        )
+    exported = re.search(r"training_(\d+)/?$", head_path or "")
+    if start and exported and int(exported[1]) + 1 != start:
+        yield warn(
+            f"optim.start_iter is {start}, but head.head_path {head_path} was exported after iteration "
+            f"{exported[1]}, so the next one is {int(exported[1]) + 1}"
+        )
+
+
 def dead_keys(values: Values) -> Iterator[Finding]:
     for key, instead in DEAD_KEYS.items():
         if key in values and values[key] not in (KEYS[key].default, None):
@@ -207,6 +223,7 @@ CHECKS: tuple[Callable[[Values], Iterator[Finding]], ...] = (
     learning_rate,
     weight_sources,
     frozen_parts,
+    continuing,
     dead_keys,
 )
 

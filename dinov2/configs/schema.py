@@ -216,6 +216,9 @@ class Student:
     mlp_ratio: float | None = setting(
         None, "Hidden width of the feed-forward as a multiple of the width, instead of 4", above=0
     )
+    norm_eps: float = setting(
+        1.0e-6, "What LayerNorm adds to the variance; transformers' ViTModel has 1e-12", above=0
+    )
     pos_embed_resampling: str = setting(
         "interpolate",
         "How pretrained positions of another grid are fitted: bicubic interpolation, or their middle cut out",

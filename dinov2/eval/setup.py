@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.backends import cudnn
 
+from dinov2.configs import dinov2_default_config
 from dinov2.errors import ConfigError
 from dinov2.models import build_model_from_cfg
 from dinov2.models.auto import AUTO, settle_architecture
@@ -59,10 +60,11 @@ def build_model_for_eval(config: Any, pretrained_weights: str | None) -> nn.Modu
     if config.student.arch == AUTO and weights is None:
         raise ConfigError(
             "student.arch is auto, but there are no weights to read the architecture from: give "
-            "--pretrained-weights, or name the architecture"
+            "--pretrained-weights (the config says where training starts, not what is evaluated), or name "
+            "the architecture"
         )
     if weights is not None:
-        settle_architecture(config.student, weights)
+        settle_architecture(config.student, weights, dinov2_default_config.student)
         _compare_normalisation(config, weights)
     model, _ = build_model_from_cfg(config, only_teacher=True)
     if weights is not None:

@@ -26,8 +26,9 @@ def build_model(args: Any, only_teacher: bool = False, img_size: int = 224) -> t
     """Build the teacher backbone and, unless told otherwise, the student backbone.
 
     Args:
-        args: the ``student`` section of a config; left as it is. ``embed_dim``, ``depth``, ``num_heads`` and
-            ``mlp_ratio`` replace those of the architecture where they are present and not None.
+        args: the ``student`` section of a config; left as it is. ``embed_dim``, ``depth``, ``num_heads``,
+            ``mlp_ratio`` and ``norm_eps`` replace those of the architecture where they are present and not
+            None.
         only_teacher: leave out the student.
         img_size: pixels of the global crops, for which position embeddings are laid out.
 
@@ -51,7 +52,7 @@ def build_model(args: Any, only_teacher: bool = False, img_size: int = 224) -> t
         "interpolate_offset": args.interpolate_offset,
         "interpolate_antialias": args.interpolate_antialias,
     }
-    for size in ("embed_dim", "depth", "num_heads", "mlp_ratio"):
+    for size in ("embed_dim", "depth", "num_heads", "mlp_ratio", "norm_eps"):
         if getattr(args, size, None) is not None:
             options[size] = getattr(args, size)
     teacher = factory(**options)

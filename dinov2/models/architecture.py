@@ -15,6 +15,7 @@ CONFIG_KEYS = {
     "width": "student.arch",
     "depth": "student.arch",
     "num_heads": "student.num_heads",
+    "norm_eps": "student.norm_eps",
     "patch_size": "student.patch_size",
     "register_tokens": "student.num_register_tokens",
     "feed_forward": "student.ffn_layer",
@@ -28,6 +29,7 @@ CONFIG_KEYS = {
 # them ViT-H (Virchow), whose heads are 80 wide.
 USUAL_HEADS = {width: heads for width, _, heads in SIZES.values()} | {1280: 16}
 USUAL_MLP_RATIO = 4
+USUAL_NORM_EPS = 1e-6  # of DINOv2 and timm
 INITIAL_LAYER_SCALE = 1e-5  # only says that there is LayerScale: the values come from the weights
 
 
@@ -53,14 +55,18 @@ class Architecture:
     proj_bias: bool | None
     ffn_bias: bool | None
     num_heads: int | None = None
+    norm_eps: float | None = None
 
     @classmethod
-    def of(cls, state: Mapping[str, Shaped], num_heads: int | None = None) -> "Architecture":
+    def of(
+        cls, state: Mapping[str, Shaped], num_heads: int | None = None, norm_eps: float | None = None
+    ) -> "Architecture":
         """Read the architecture off weights with flat DINOv2 names.
 
         Args:
             state: Parameter name -> tensor.
             num_heads: Attention heads, where something beside the weights tells them.
+            norm_eps: Epsilon of the norms, likewise.
         """
 
         def size(name: str, axis: int) -> int | None:
@@ -85,6 +91,7 @@ class Architecture:
             proj_bias=has_bias("blocks.0.attn.proj"),
             ffn_bias=has_bias(f"blocks.0.mlp.{FEED_FORWARDS[kind]}") if kind else None,
             num_heads=num_heads,
+            norm_eps=norm_eps,
         )
 
     def with_heads(self, num_heads: int | None) -> "Architecture":
@@ -134,12 +141,18 @@ class Architecture:
                 f"The weights in {source} have the width {self.width}, for which the number of attention "
                 "heads is not known and cannot be read off the weights: set student.num_heads."
             )
+        if self.width % heads:
+            raise WeightsError(
+                f"The weights in {source} have the width {self.width}, which {heads} attention heads cannot "
+                "share: correct the number in the config.json beside them, or in student.num_heads."
+            )
         return {
             "arch": arch,
             "embed_dim": None if self.width == SIZES[arch][0] else self.width,
             "depth": None if self.depth == own_depth else self.depth,
             "num_heads": None if heads == own_heads else heads,
             "mlp_ratio": self._mlp_ratio(source),
+            "norm_eps": self.norm_eps or USUAL_NORM_EPS,
             "patch_size": self.patch_size,
             "num_register_tokens": self.register_tokens,
             "ffn_layer": self.feed_forward,

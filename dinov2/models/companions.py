@@ -6,6 +6,7 @@ these, :data:`PUBLISHED` knows shapes and constants.
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ import yaml
 
 from dinov2.errors import WeightsError
 from dinov2.models.architecture import Architecture
+
+logger = logging.getLogger("dinov2")
 
 Constants = tuple[tuple[float, ...], tuple[float, ...]]  # channel means, channel standard deviations
 
@@ -135,6 +138,8 @@ def _is_number(value: Any) -> bool:
 def _constants(mean: Any, std: Any) -> Constants | None:
     lists = [value for value in (mean, std) if isinstance(value, (list, tuple)) and len(value) == 3]
     if len(lists) < 2 or not all(_is_number(number) for numbers in lists for number in numbers):
+        if (mean, std) != (None, None):
+            logger.warning("a normalisation beside the weights cannot be read: mean %s, std %s", mean, std)
         return None
     means, deviations = (tuple(map(float, numbers)) for numbers in lists)
     return means, deviations

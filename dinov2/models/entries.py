@@ -56,6 +56,8 @@ def choose_network(content: Mapping[str, Any], entry: str | None, source: str) -
         WeightsError: The entry does not exist or holds no tensors, the file is one process's shard of an
             FSDP model, or two names become the same.
     """
+    if entry not in (None, *NETWORKS, *content):
+        raise WeightsError(f'There is no entry "{entry}" in {source}: use {" or ".join(NETWORKS)}.')
     network: Mapping[str, Any] = content
     for _ in range(MAX_DEPTH):  # a training checkpoint has {"model": {"teacher.backbone...": tensor}}
         if _is_wrapped(network, entry):

@@ -58,7 +58,7 @@ def check_digest(path: Path, expected: str, origin: str, *, algorithm: str = "sh
     if not found.startswith(expected.lower()):
         raise WeightsError(
             f"The file from {origin} has {algorithm} {found} instead of the expected {expected} and is not "
-            "used: delete it and try again, or, if you have a copy that you trust, pass its path explicitly."
+            "used: check which of the two is right, and download or copy the file again if it is damaged."
         )
 
 

@@ -53,8 +53,6 @@ __all__ = [
 
 logger = logging.getLogger("dinov2")
 
-LAYER_NORM_EPS = 1e-6
-
 
 @dataclass(frozen=True)
 class BackboneWeights:
@@ -87,7 +85,9 @@ class BackboneWeights:
     @property
     def architecture(self) -> Architecture:
         """The model that the weights belong to."""
-        return Architecture.of(self.state, num_heads=self.companion.num_heads)
+        return Architecture.of(
+            self.state, num_heads=self.companion.num_heads, norm_eps=self.companion.layer_norm_eps
+        )
 
     @property
     def patches(self) -> int | None:
@@ -271,7 +271,13 @@ def build_from_weights(
         raise WeightsError(
             f"The weights in {weights.source} have no positions for a square grid of patches: state img_size."
         )
-    img_size = img_size or weights.grid * architecture.patch_size
+    if img_size is None:
+        img_size = weights.grid * architecture.patch_size
+    elif img_size % architecture.patch_size:
+        raise WeightsError(
+            f"img_size {img_size} does not divide into the patches of {architecture.patch_size} px that the "
+            f"weights in {weights.source} have: use a multiple."
+        )
     with torch.device("meta"):
         model, _ = build_model(args, only_teacher=True, img_size=img_size)
     load_backbone(model, weights)
@@ -288,7 +294,7 @@ def _check_architecture(
             f"{first_names(list(weights.state)) or 'none'}): expected the weights of a DINOv2, timm or "
             "transformers ViT."
         )
-    models = Architecture.of(own, num_heads=getattr(model, "num_heads", None))
+    models = Architecture.of(own, num_heads=model.num_heads, norm_eps=model.norm.eps)
     differences = weights.architecture.without(*ignore).differences(models)
     if differences:
         raise WeightsError(
@@ -357,10 +363,6 @@ def _report(
         for name in stored.names:
             used.setdefault(name, []).append(model_names[flat])
     loaded_numbers = sum(values[flat].numel() for flat in state)
-    notes = []
-    eps = weights.companion.layer_norm_eps
-    if eps is not None and eps != LAYER_NORM_EPS:
-        notes.append(f"its norms have the epsilon {eps:g}, here it is {LAYER_NORM_EPS:g}")
     single_file = weights.path is not None and weights.path.suffix != ".json"
     return LoadReport(
         source=weights.source,
@@ -380,7 +382,6 @@ def _report(
         normalisation=weights.normalisation,
         normalisation_origin=weights.normalisation_origin,
         looks_like=weights.looks_like,
-        notes=notes,
     )
 
 

@@ -33,7 +33,6 @@ class LoadReport:
         normalisation_origin: How these are known: ``stated`` beside the weights, or guessed by the ``sizes``
             of a published model.
         looks_like: Name of the published model with the same sizes, if there is one.
-        notes: Further facts that a reader should know.
     """
 
     source: str
@@ -51,13 +50,12 @@ class LoadReport:
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     normalisation_origin: str = ""
     looks_like: str = ""
-    notes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """Return the report as one line."""
         total = len(self.loaded) + len(self.missing)
         layout = f" ({self.layout})" if self.layout else ""
-        parts = [f"loaded {len(self.loaded)} of {total} tensors from {self.source}{layout}"]
+        parts = [f"loaded {len(self.loaded)} of the model's {total} tensors from {self.source}{layout}"]
         parts += [f"{count} {how}" for how, count in Counter(self.converted.values()).items()]
         parts += [f"{name} resampled {how}" for name, how in self.resampled.items()]
         parts += [f"{name} not in the file: {how}" for name, how in self.missing.items()]
@@ -65,7 +63,7 @@ class LoadReport:
         for name, kind in self.unused.items():
             kinds.setdefault(kind, []).append(name)
         parts += [f"unused {kind}: {first_names(names)}" for kind, names in kinds.items()]
-        return "; ".join(parts + self.notes)
+        return "; ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """Return the whole report as plain values."""

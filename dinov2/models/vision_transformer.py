@@ -85,6 +85,7 @@ class DinoVisionTransformer(nn.Module):
         interpolate_antialias: antialias resized position embeddings.
         interpolate_offset: how position embeddings meet other image sizes: 0 for the exact size, as models
             with registers were trained; 0.1 for the historic scale factor, as those without were.
+        norm_eps: what the LayerNorms add to the variance.
 
     Raises:
         ConfigError: ``depth`` is not a multiple of ``block_chunks`` or D not one of ``num_heads``.
@@ -114,6 +115,8 @@ class DinoVisionTransformer(nn.Module):
         num_register_tokens: int = 0,
         interpolate_antialias: bool = False,
         interpolate_offset: float = 0.1,
+        *,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         if ffn_layer not in FFN_LAYERS:
@@ -121,7 +124,7 @@ class DinoVisionTransformer(nn.Module):
                 f'ffn_layer "{ffn_layer}" does not exist{nearest(ffn_layer, FFN_LAYERS)}; '
                 f"use one of {', '.join(FFN_LAYERS)}"
             )
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        norm_layer = partial(nn.LayerNorm, eps=norm_eps)
         self.num_features = self.embed_dim = embed_dim
         self.num_tokens = 1
         self.n_blocks = depth

@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from dinov2.configs import dinov2_default_config
 from dinov2.configs.checks import crop_sizes
 from dinov2.configs.sources import flatten
 from dinov2.errors import ConfigError, WeightsError
@@ -64,7 +65,7 @@ def settle_config(cfg: DictConfig) -> None:
             "student.arch is auto, but no weights are named to read the architecture from: set "
             "student.pretrained_weights, or name the architecture."
         )
-    settle_architecture(cfg.student, weights)
+    settle_architecture(cfg.student, weights, dinov2_default_config.student)
     problems = [finding.text for finding in crop_sizes(dict(flatten(OmegaConf.to_container(cfg))))]
     if problems:
         raise ConfigError("; ".join(problems))

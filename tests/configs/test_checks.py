@@ -165,3 +165,10 @@ def test_a_stated_learning_rate_that_is_not_used_warns(monkeypatch):
 )
 def test_scaled_learning_rates(rule, batch, expected):
     assert scaled_lr(2e-4, rule, batch) == pytest.approx(expected, rel=1e-12)
+
+
+def test_where_a_run_goes_on_is_compared_with_what_it_goes_on_from():
+    assert "no head.head_path names an earlier run" in warnings("optim.start_iter=3")[0]
+    (text,) = warnings("head.head_path=run/eval/training_9999", "optim.start_iter=9999")
+    assert "exported after iteration 9999, so the next one is 10000" in text
+    assert warnings("head.head_path=run/eval/training_9999", "optim.start_iter=10000") == []

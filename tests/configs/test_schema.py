@@ -56,6 +56,7 @@ ADDED = {
     "head.head_path": None,
     "dino.koleo_scope": "rank",
     "student.mlp_ratio": None,
+    "student.norm_eps": 1e-6,
     "student.pos_embed_resampling": "interpolate",
     "student.patch_embed_resampling": "none",
     "student.lora_rank": 0,

@@ -8,7 +8,12 @@ import torch
 
 from dinov2.errors import WeightsError
 from dinov2.layers import DINOHead
-from dinov2.models.pretrained import load_backbone, load_pretrained_weights, read_state_dict
+from dinov2.models.pretrained import (
+    build_from_weights,
+    load_backbone,
+    load_pretrained_weights,
+    read_state_dict,
+)
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from tests.conftest import load_golden_json, load_golden_tensors
 from tests.models.vits import block_fn, named, refusal, tiny, written
@@ -102,6 +107,17 @@ def test_what_has_no_values_anywhere_is_refused():
         empty = DinoVisionTransformer(**sizes, init_values=0.1, block_chunks=0)
     with pytest.raises(WeightsError, match=r"lack norm\.weight, and the model on the meta device"):
         load_backbone(empty, state, allow_missing=("norm.weight",))
+
+
+def test_arguments_that_name_nothing_are_refused():
+    model = tiny()
+    assert 'no entry "foo" in the given dictionary: use teacher or student' in refusal(
+        model, model.state_dict(), entry="foo"
+    )
+    with pytest.raises(WeightsError, match="img_size 30 does not divide into the patches of 7 px"):
+        build_from_weights(model.state_dict(), img_size=30, num_heads=2)
+    with pytest.raises(WeightsError, match="width 24, which 5 attention heads cannot share"):
+        build_from_weights(model.state_dict(), num_heads=5)
 
 
 def test_prefixes_come_off_the_start_of_a_name_only():
