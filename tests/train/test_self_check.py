@@ -127,6 +127,7 @@ def test_every_recipe_starts(recipe, tile_folder, tmp_path):
         "student.embed_dim": 48,
         "student.depth": 4,
         "student.num_heads": 3,
+        "train.freeze_blocks": 2,
         "train.batch_size_per_gpu": 2,
     }
     heads = {"n_prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 256}
