@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
+from dinov2.models.checkpoint_names import checkpoint_name
 from dinov2.models.shards import INDEX_SUFFIX
 
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
@@ -27,7 +28,7 @@ def choose_file(names: Iterable[str], entry: str) -> str | None:
         entry: ``teacher`` or ``student``.
     """
     names = sorted(names)
-    exported = f"{entry}_checkpoint.pth"
+    exported = checkpoint_name(entry)
     for name in (exported, *LIBRARY_FILES):
         if name in names:
             return name
@@ -47,6 +48,6 @@ def no_choice(place: str, names: Iterable[str], entry: str) -> str:
     found = weight_files(names)
     shown = ", ".join(found[:NAMES_SHOWN]) + (", ..." if len(found) > NAMES_SHOWN else "")
     return (
-        f"{place} has no {entry}_checkpoint.pth, no {LIBRARY_FILES[0]} and not exactly one weight file, but "
-        f"{shown or 'no weight file at all'}: name the file to load."
+        f"{place} has no {checkpoint_name(entry)}, no {LIBRARY_FILES[0]} and not exactly one weight file, "
+        f"but {shown or 'no weight file at all'}: name the file to load."
     )

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.errors import WeightsError
-from dinov2.models.entries import leaves, plain_name
+from dinov2.models.entries import OTHER_ENTRY, leaves, plain_name
 from dinov2.models.integrity import sha256_of
 from dinov2.models.report import LoadReport
 from dinov2.models.sources import locate
 from dinov2.models.stored import StoredTensor, stored_content
 from dinov2.models.values import check_values
-from dinov2.models.weight_files import open_file
+from dinov2.models.weight_files import OpenedFile, open_file
 
 logger = logging.getLogger("dinov2")
 
@@ -27,15 +27,18 @@ PARAMETRIZED_NAMES = {
 }
 
 
-def load_head(head: nn.Module, source: str | Mapping[str, Any], key: str) -> LoadReport:
+def load_head(
+    head: nn.Module, source: str | Mapping[str, Any] | OpenedFile, key: str, *, sha256: str = ""
+) -> LoadReport:
     """Load a :class:`DINOHead` from a head checkpoint, or raise and leave it as it was.
 
     Args:
         head: The head to fill.
-        source: Path or address of the file, or the dictionary it would hold.
+        source: Path or address of the file, the file if it is open already, or the dictionary it would hold.
         key: Entry of the file: ``student_dino_head``, ``teacher_dino_head``, ``student_ibot_head`` or
             ``teacher_ibot_head``. A file with bare head weights needs none; in a ``teacher_checkpoint.pth``
             the head stands beside the backbone.
+        sha256: Digest of the file for the report, where it is known; else it is computed.
 
     Raises:
         WeightsError: The file cannot be read or the head has other sizes; the message names config values
@@ -46,9 +49,9 @@ def load_head(head: nn.Module, source: str | Mapping[str, Any], key: str) -> Loa
     if isinstance(source, Mapping):
         name, content = "the given dictionary", stored_content(source)
     else:
-        name, path = str(source), locate(str(source))
-        opened = open_file(path)
-        content, metadata = opened.content, opened.metadata
+        opened = source if isinstance(source, OpenedFile) else open_file(locate(source))
+        name = str(opened.path) if isinstance(source, OpenedFile) else source
+        path, content, metadata = opened.path, opened.content, opened.metadata
     state = find_head(content, key)
     if not state:
         raise WeightsError(
@@ -58,28 +61,32 @@ def load_head(head: nn.Module, source: str | Mapping[str, Any], key: str) -> Loa
     own = head.state_dict()
     if _shapes(state) != _shapes(own):
         raise WeightsError(_misfit(name, state, own, "ibot" if "ibot" in key else "dino"))
-    check_values(name, state, dict(leaves(content)), metadata)
+    tensors = dict(leaves(content))
+    check_values(name, state, tensors, metadata)
     with torch.no_grad():
         for parameter, tensor in own.items():
             tensor.copy_(state[parameter].read())
     logger.info("projection head: loaded %d tensors from %s", len(state), name)
+    used = {file_name: [parameter] for parameter, stored in state.items() for file_name in stored.names}
     return LoadReport(
         source=name,
         path=str(path or ""),
-        sha256=sha256_of(path) if path else "",
+        sha256=sha256 or (sha256_of(path) if path else ""),
         layout="DINOv2",
         loaded=list(own),
         converted={parameter: ", ".join(stored.how) for parameter, stored in state.items() if stored.how},
-        used={file_name: [parameter] for parameter, stored in state.items() for file_name in stored.names},
+        used=used,
+        unused={file_name: OTHER_ENTRY for file_name in tensors if file_name not in used},
     )
 
 
-def find_head(content: Mapping[str, Any], key: str) -> HeadState:
+def find_head(content: Mapping[str, Any], key: str, *, bare: bool = True) -> HeadState:
     """Return a head's tensors under DINOv2's names, none if the content of the file has no such head.
 
     Args:
         content: What a file holds, tensors as :class:`StoredTensor`.
         key: See :func:`load_head`.
+        bare: Take the tensors of a file without entries for those of the head, whichever is asked for.
     """
     network, _, kind = key.partition("_")
     if isinstance(content.get(key), Mapping):
@@ -87,7 +94,7 @@ def find_head(content: Mapping[str, Any], key: str) -> HeadState:
     elif isinstance(content.get(network), Mapping):
         tensors = _below(content[network], f"{kind}.")
     else:
-        tensors = content
+        tensors = content if bare else {}
     state = dict(_renamed(tensors))
     return state if "last_layer.weight_v" in state else {}
 

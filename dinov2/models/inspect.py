@@ -14,6 +14,7 @@ from typing import Any
 
 from dinov2 import cli
 from dinov2.errors import WeightsError
+from dinov2.models.checkpoint_names import HEAD_KEYS
 from dinov2.models.entries import leaves
 from dinov2.models.head_weights import find_head, head_sizes
 from dinov2.models.integrity import sha256_of
@@ -22,8 +23,8 @@ from dinov2.models.sources import locate
 from dinov2.models.stored import StoredTensor
 from dinov2.models.weight_files import OpenedFile, open_file
 
-HEAD_KEYS = ("student_dino_head", "teacher_dino_head", "student_ibot_head", "teacher_ibot_head")
 HEAD_OPTIONS = ("head_n_prototypes", "head_hidden_dim", "head_bottleneck_dim", "head_nlayers")
+BARE_HEAD = "a bare head"  # whose, the file does not tell
 CROP_KEYS = ("mean", "std")
 
 
@@ -52,7 +53,7 @@ def inspect_weights(source: str, entry: str | None = None) -> Findings:
     """
     path = locate(source, entry=entry)
     opened = open_file(path)
-    heads = {key: sizes for key in HEAD_KEYS if (sizes := head_sizes(find_head(opened.content, key)))}
+    heads = _heads(opened.content)
     try:
         weights = open_weights(str(path), entry)
         if not weights.architecture.depth:
@@ -66,6 +67,14 @@ def inspect_weights(source: str, entry: str | None = None) -> Findings:
         return Findings({**_file_facts(path, opened), **_head_facts(heads)}, _head_config(heads, source))
     facts = {**_file_facts(path, opened), **_backbone_facts(weights), **_head_facts(heads)}
     return Findings(facts, [*_backbone_config(weights, source), *_head_config(heads, source)])
+
+
+def _heads(content: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Return the sizes of every head by its entry, or those of a head that is the whole file."""
+    named = {key: head_sizes(find_head(content, key, bare=False)) for key in HEAD_KEYS}
+    found = {key: sizes for key, sizes in named.items() if sizes}
+    bare = head_sizes(find_head(content, HEAD_KEYS[0]))
+    return found or ({BARE_HEAD: bare} if bare else {})
 
 
 def _file_facts(path: Path, opened: OpenedFile) -> dict[str, str]:
@@ -157,6 +166,14 @@ def _backbone_config(weights: BackboneWeights, source: str) -> list[str]:
 
 
 def _head_config(heads: Mapping[str, Mapping[str, int]], source: str) -> list[str]:
+    if BARE_HEAD in heads:
+        sizes = heads[BARE_HEAD]
+        lines = [f"  {name}: {sizes[name]}" for name in HEAD_OPTIONS if name in sizes]
+        return [
+            "# as <network>_dino_head_checkpoint.pth in a folder named by head.head_path, <network> being",
+            "# student or teacher and the other one beside it:",
+            *("dino:", *lines),
+        ]
     lines = ["head:", f"  head_path: {json.dumps(source)}"] if heads else []
     for section in ("dino", "ibot"):
         sizes = next((sizes for key, sizes in heads.items() if section in key), None)

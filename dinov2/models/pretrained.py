@@ -38,7 +38,7 @@ from dinov2.models.sources import locate
 from dinov2.models.stored import StoredTensor, stored_content
 from dinov2.models.values import check_values
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.models.weight_files import open_file
+from dinov2.models.weight_files import OpenedFile, open_file
 
 __all__ = [
     "BackboneWeights",
@@ -125,11 +125,12 @@ class BackboneWeights:
         return "sizes" if self.normalisation else ""
 
 
-def open_weights(source: str | Mapping[str, Any], entry: str | None = None) -> BackboneWeights:
+def open_weights(source: str | Mapping[str, Any] | OpenedFile, entry: str | None = None) -> BackboneWeights:
     """Find and open backbone weights; nothing but names, shapes and types is read.
 
     Args:
-        source: A source as :func:`dinov2.models.sources.locate` takes it, or a dictionary as a file holds it.
+        source: A source as :func:`dinov2.models.sources.locate` takes it, a file that is open already, or a
+            dictionary as a file holds it.
         entry: Which network of a checkpoint to take, ``teacher`` or ``student``; by default the teacher if
             there is one. A file with bare weights has nothing to choose from and ignores it.
 
@@ -141,8 +142,9 @@ def open_weights(source: str | Mapping[str, Any], entry: str | None = None) -> B
     if isinstance(source, Mapping):
         name, content = "the given dictionary", stored_content(source)
     else:
-        name, path = str(source), locate(str(source), entry=entry)
-        opened = open_file(path)
+        opened = source if isinstance(source, OpenedFile) else open_file(locate(str(source), entry=entry))
+        path = opened.path
+        name = str(path) if isinstance(source, OpenedFile) else str(source)
         content, kind, metadata = opened.content, opened.kind, opened.metadata
         companion = read_companion(path)
     network = choose_network(content, entry, name)

@@ -10,12 +10,11 @@ import urllib.request
 from pathlib import Path
 
 from dinov2.errors import WeightsError, nearest
+from dinov2.models.checkpoint_names import FARM_NAME
 from dinov2.models.downloads import cache_dir, fetch
 
 logger = logging.getLogger("dinov2")
 
-# <architecture>_<data>_<how it was trained>_<iteration>_<which network>_checkpoint.pth
-FARM_NAME = re.compile(r"dinov2_[\w.-]+_(teacher|student)(_(dino|ibot)_head)?_checkpoint\.pth")
 API_TIMEOUT_SECONDS = 10.0
 API_BYTES = 1 << 24
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dinov2 import distributed
 from dinov2.fsdp.files import write_atomically
 from dinov2.fsdp.state import gather
-from dinov2.train.head_files import CENTERS_FILE, HEADS, checkpoint_name
+from dinov2.models.checkpoint_names import CENTERS, HEADS, checkpoint_name
 from dinov2.train.lora import plain_state_dict
 
 
@@ -40,7 +40,7 @@ def export_networks(
                 name = f"{network}_{head}"
                 _save({name: modules[head].state_dict()}, folder / checkpoint_name(name))
     if centers:
-        _save(centers, folder / CENTERS_FILE)
+        _save(centers, folder / checkpoint_name(CENTERS))
 
 
 def _save(content: dict[str, Any], path: Path) -> None:

@@ -1,26 +1,32 @@
 """Which files hold the heads, the backbones and the centres that ``head.head_path`` names.
 
 A folder as a run exports it (``eval/training_<iteration>``) or as the model farm on Zenodo offers it, where
-every name carries a prefix such as ``dinov2_vits_NCT_10k_training_1999_``; or one file, beside which the
-files of the other network are looked for.
+every name carries a prefix such as ``dinov2_vits_NCT_10k_training_1999_``; one file of such an export, which
+the others of the same prefix belong to; or any other file, which stands for itself alone.
 """
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dinov2.errors import WeightsError
+from dinov2.models.checkpoint_names import (
+    CENTERS,
+    FARM_NAME,
+    HEAD_KEYS,
+    HEADS,
+    NETWORKS,
+    checkpoint_name,
+    split_name,
+)
 from dinov2.models.head_weights import find_head
 from dinov2.models.sources import locate
-from dinov2.models.weight_files import open_file
+from dinov2.models.weight_files import OpenedFile, open_file
 
-NETWORKS = ("student", "teacher")
-HEADS = ("dino_head", "ibot_head")
-CENTERS_FILE = "centers_checkpoint.pth"
+logger = logging.getLogger("dinov2")
 
-
-def checkpoint_name(part: str) -> str:
-    """Return the file name of an exported part, e.g. ``teacher`` or ``student_dino_head``."""
-    return f"{part}_checkpoint.pth"
+Parts = dict[str, Path]  # by part of an export, e.g. "teacher" or "student_dino_head"
 
 
 @dataclass(frozen=True)
@@ -35,93 +41,131 @@ class ContinuedFiles:
     """
 
     place: str
-    heads: dict[str, Path]
-    backbones: dict[str, Path]
+    heads: Parts
+    backbones: Parts
     centers: Path | None
+    _opened: dict[Path, OpenedFile] = field(default_factory=dict, repr=False)
 
     @property
     def has_both_backbones(self) -> bool:
         """Whether student and teacher can be restored separately, as for continuing a run."""
         return len(self.backbones) == len(NETWORKS)
 
+    def open(self, path: Path) -> OpenedFile:
+        """Return a file's content; to open and check a file of gigabytes takes a while, so it is kept."""
+        if path not in self._opened:
+            self._opened[path] = open_file(path)
+        return self._opened[path]
 
-def find_files(head_path: str) -> ContinuedFiles:
+
+def find_files(head_path: str, wanted: Iterable[str] = HEADS) -> ContinuedFiles:
     """Look up the files that ``head.head_path`` names.
 
+    Args:
+        head_path: A folder, or a source as :func:`dinov2.models.sources.locate` takes it.
+        wanted: The heads that are going to be loaded. A file is only opened to look for one of them that
+            has no file of its own.
+
     Raises:
-        WeightsError: there is nothing at the path, or two files claim to be the same part.
+        WeightsError: there is nothing at the path, it cannot be fetched, or a folder holds several exports.
     """
-    path = Path(head_path).expanduser()
-    if path.is_dir():
-        folder, prefix = path, None
-    elif path.is_file():
-        folder, prefix = path.parent, _prefix(path)
-    elif path.exists() or not _is_remote(head_path):
+    wanted_keys = [key for key in HEAD_KEYS if key.partition("_")[2] in set(wanted)]
+    name = head_path.partition("#sha256=")[0]
+    local = _existing(name)
+    if local and local.is_dir() and name == head_path:
+        return _with_heads_inside(head_path, _only_export(local), None, wanted_keys)
+    if not (local or ":" in name or FARM_NAME.fullmatch(name)):
         raise WeightsError(
             f"head.head_path is {head_path!r}, where there is neither a folder nor a file: name a folder "
             "such as eval/training_9999 that holds student_dino_head_checkpoint.pth and its teacher "
             "counterpart, or one of the two files."
         )
-    else:
-        path = locate(head_path)
-        folder, prefix = path.parent, _prefix(path)
-
-    def file_of(part: str) -> Path | None:
-        return _one_file(folder, checkpoint_name(part), prefix)
-
-    backbones = {network: file for network in NETWORKS if (file := file_of(network))}
-    heads = {f"{network}_{head}": file_of(f"{network}_{head}") for network in NETWORKS for head in HEADS}
-    if path.is_file():
-        _add_named_file(path, heads)
-    for key, file in heads.items():
-        whole = backbones.get(key.partition("_")[0])
-        if file is None and whole is not None and find_head(open_file(whole).content, key):
-            heads[key] = whole  # beside the backbone
-    return ContinuedFiles(
-        place=head_path,
-        heads={key: file for key, file in heads.items() if file},
-        backbones=backbones,
-        centers=_one_file(folder, CENTERS_FILE, prefix),
-    )
+    path = locate(head_path)
+    split, parts = split_name(path.name), {}
+    if split and (local or name.lower().startswith("file:")):
+        parts = _exports(path.parent)[split[0]]
+    elif split:
+        parts = _fetched(name, path, wanted_keys)
+    return _with_heads_inside(head_path, parts, path, wanted_keys)
 
 
-def _is_remote(source: str) -> bool:
-    return ":" in source
+def _existing(name: str) -> Path | None:
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # a name that no path can have, a home that is nobody's
+        return None
 
 
-def _prefix(path: Path) -> str | None:
-    """Return what stands before the part's name in an exported file's name; None for another name."""
-    parts = [f"{network}_{head}" for network in NETWORKS for head in HEADS] + list(NETWORKS)
-    return next(
-        (
-            path.name.removesuffix(checkpoint_name(part))
-            for part in parts
-            if path.name.endswith(checkpoint_name(part))
-        ),
-        None,
-    )
+def _exports(folder: Path) -> dict[str, Parts]:
+    """Return the files of every export in a folder, by their prefix and part."""
+    exports: dict[str, Parts] = {}
+    try:
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise WeightsError(f'The folder "{folder}" cannot be read ({error.strerror}).') from error
+    for path in files:
+        found = split_name(path.name)
+        if found:
+            exports.setdefault(found[0], {})[found[1]] = path
+    return exports
 
 
-def _one_file(folder: Path, name: str, prefix: str | None) -> Path | None:
-    """Return the file of a name, with a known prefix, with none, or with any that only one file has."""
-    if prefix is not None:
-        path = folder / f"{prefix}{name}"
-        return path if path.is_file() else None
-    if (folder / name).is_file():
-        return folder / name
-    found = sorted(path for path in folder.glob(f"*_{name}") if path.is_file())
-    if len(found) > 1:
+def _only_export(folder: Path) -> Parts:
+    exports = list(_exports(folder).values())
+    if len(exports) > 1:
+        examples = ", ".join(next(iter(parts.values())).name for parts in exports[:3])
         raise WeightsError(
-            f'The folder "{folder}" holds several files that end in {name} ({found[0].name}, '
-            f"{found[1].name}): put those that belong together into a folder of their own, or name "
-            "one of them."
+            f'The folder "{folder}" holds files of several exports ({examples}): put those that belong '
+            "together into a folder of their own, or name one of them."
         )
-    return found[0] if found else None
+    return exports[0] if exports else {}
 
 
-def _add_named_file(path: Path, heads: dict[str, Path | None]) -> None:
-    """Take every head that stands in the one file named, whatever the file is called."""
-    content = open_file(path).content
-    for key in heads:
-        if heads[key] is None and isinstance(content.get(key), dict):
-            heads[key] = path
+def _fetched(source: str, path: Path, wanted_keys: list[str]) -> Parts:
+    """Return a file that is no local one, and what else of its export is needed, fetched from beside it.
+
+    What happens to lie beside it in a cache is left alone. The other network's file has to be there; other
+    heads, and the centres beside a network, may be missing.
+    """
+    prefix, part = split_name(path.name)
+
+    def fetch(other: str) -> Path:
+        if checkpoint_name(part) in source:
+            return locate(source.replace(checkpoint_name(part), checkpoint_name(other)))
+        return locate(f"{source}:{prefix}{checkpoint_name(other)}")  # a repository, of which part was chosen
+
+    network, mark, head = part.partition("_")
+    parts = {part: path}
+    if network not in NETWORKS:
+        return parts
+    other = next(name for name in NETWORKS if name != network)
+    parts[f"{other}{mark}{head}"] = fetch(f"{other}{mark}{head}")
+    for more in (key for key in (wanted_keys if head else [CENTERS]) if key not in parts):
+        try:
+            parts[more] = fetch(more)
+        except WeightsError as error:
+            logger.warning("%s, which belongs to %s, was not found: %s", checkpoint_name(more), source, error)
+    return parts
+
+
+def _with_heads_inside(
+    place: str, parts: Parts, named: Path | None, wanted_keys: list[str]
+) -> ContinuedFiles:
+    """Add the heads that stand inside the named file, and those inside the files of whole networks."""
+    files = ContinuedFiles(
+        place=place,
+        heads={key: parts[key] for key in HEAD_KEYS if key in parts},
+        backbones={network: parts[network] for network in NETWORKS if network in parts},
+        centers=parts.get(CENTERS),
+    )
+    if named is not None and wanted_keys:
+        content = files.open(named).content
+        files.heads.update({key: named for key in HEAD_KEYS if find_head(content, key, bare=False)})
+    lacking = {key.partition("_")[0] for key in wanted_keys if key not in files.heads}
+    for network in lacking & files.backbones.keys():
+        whole = files.backbones[network]
+        for key in (key for key in HEAD_KEYS if key not in files.heads and key.startswith(network)):
+            if find_head(files.open(whole).content, key, bare=False):
+                files.heads[key] = whole
+    return files

@@ -16,22 +16,12 @@ class Part:
     """What one submodule took from a file.
 
     Attributes:
-        source: The file.
-        share: Share of the submodule's parameters, counted in elements, that came from it, 0..1.
-        missing: Parameters that keep their initial values, as the file lacks them.
+        report: What became of every tensor of the file and of the submodule.
         fingerprint: :func:`fingerprint` of the submodule right after loading.
-        normalisation: Mean and standard deviation per channel that the source states, if it does.
-        format: Layout of the file, in words.
-        resampled: Parameters that were brought to another size -> how.
     """
 
-    source: str
-    share: float
-    missing: list[str]
+    report: LoadReport
     fingerprint: str
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    format: str = ""
-    resampled: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,11 +30,17 @@ class InitialWeights:
 
     Attributes:
         parts: What each of them took.
-        reports: The same tensor by tensor.
+        centers: What became of the file of the losses' centres, if they were restored.
     """
 
     parts: dict[str, Part] = field(default_factory=dict)
-    reports: dict[str, LoadReport] = field(default_factory=dict)
+    centers: LoadReport | None = None
+
+    @property
+    def reports(self) -> dict[str, LoadReport]:
+        """The reports of all files that something was taken from."""
+        reports = {name: part.report for name, part in self.parts.items()}
+        return {**reports, "centers": self.centers} if self.centers else reports
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -4,7 +4,6 @@ import json
 import logging
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -14,10 +13,14 @@ from dinov2.configs.sources import flatten
 from dinov2.errors import ConfigError, WeightsError
 from dinov2.fsdp.files import write_atomically
 from dinov2.models.auto import AUTO, settle_architecture
+from dinov2.models.checkpoint_names import CENTERS, HEADS, checkpoint_name
+from dinov2.models.entries import leaves
 from dinov2.models.head_weights import load_head
+from dinov2.models.integrity import sha256_of
 from dinov2.models.pretrained import BackboneWeights, LoadReport, load_backbone, open_weights
-from dinov2.models.weight_files import read_file
-from dinov2.train.head_files import HEADS, NETWORKS, ContinuedFiles, checkpoint_name, find_files
+from dinov2.models.stored import StoredTensor
+from dinov2.models.values import check_values
+from dinov2.train.head_files import ContinuedFiles, find_files
 from dinov2.train.initial_weights import InitialWeights, Part, fingerprint
 
 logger = logging.getLogger("dinov2")
@@ -44,7 +47,7 @@ def backbone_weights(cfg: DictConfig) -> BackboneWeights | None:
     source = pretrained_source(cfg)
     if source:
         return open_weights(source)
-    files = find_files(cfg.head.head_path) if cfg.head.head_path else None
+    files = find_files(cfg.head.head_path, wanted=()) if cfg.head.head_path else None
     if files and files.has_both_backbones:
         return open_weights(str(files.backbones["student"]), "student")
     return None
@@ -93,32 +96,42 @@ def load_initial_weights(
     Raises:
         WeightsError: if a file is missing or does not fit.
     """
-    files = find_files(cfg.head.head_path) if cfg.head.head_path else None
-    reports: dict[str, LoadReport] = {}
+    wanted = [head for head in HEADS if head in student]
+    files = find_files(cfg.head.head_path, wanted) if cfg.head.head_path else None
+    networks = {"student": student, "teacher": teacher}
+    reports = _load_backbones(networks, files, cfg)
+    centers = None
+    if files:
+        continues = "teacher.backbone" in reports
+        reports |= _load_heads(networks, files, reports, reinit=cfg.head.on_missing == "reinit")
+        if continues and cfg.train.centering == "centering":
+            separate = "ibot_head" if "ibot_head" in student else "dino_head"
+            heads = {"dino_loss.center": "dino_head", "ibot_patch_loss.center": separate}
+            kept = {name: loss for name, loss in losses.items() if f"teacher.{heads[name]}" in reports}
+            centers = _load_centers(kept, files) if kept else None
+    parts = {name: Part(report, fingerprint(_module(networks, name))) for name, report in reports.items()}
+    return InitialWeights(parts, centers)
+
+
+def _load_backbones(
+    networks: dict[str, nn.ModuleDict], files: ContinuedFiles | None, cfg: DictConfig
+) -> dict[str, LoadReport]:
+    """Load the student's backbone, or those of both networks of an earlier run."""
     fit = {
         "pos_embed": cfg.student.pos_embed_resampling,
         "patch_embed": cfg.student.patch_embed_resampling,
     }
     source = pretrained_source(cfg)
     if source:
-        reports["student.backbone"] = load_backbone(student["backbone"], source, **fit)
-    elif files and files.has_both_backbones:
-        for network, modules in (("student", student), ("teacher", teacher)):
-            path = str(files.backbones[network])
-            reports[f"{network}.backbone"] = load_backbone(modules["backbone"], path, entry=network, **fit)
+        return {"student.backbone": load_backbone(networks["student"]["backbone"], source, **fit)}
+    reports = {}
+    if files and files.has_both_backbones:
+        for network, modules in networks.items():
+            weights = open_weights(files.open(files.backbones[network]), network)
+            reports[f"{network}.backbone"] = load_backbone(modules["backbone"], weights, **fit)
     else:
         logger.info("student backbone: random weights (student.pretrained_weights is empty)")
-    if files:
-        reports |= _load_heads(student, teacher, files, reinit=cfg.head.on_missing == "reinit")
-        if "teacher.backbone" in reports and cfg.train.centering == "centering":
-            separate = "ibot_head" if "ibot_head" in student else "dino_head"
-            heads = {"dino_loss.center": "dino_head", "ibot_patch_loss.center": separate}
-            kept = {name: loss for name, loss in losses.items() if f"teacher.{heads[name]}" in reports}
-            _load_centers(kept, files)
-    modules = {"student": student, "teacher": teacher}
-    return InitialWeights(
-        {name: _part(report, _module(modules, name)) for name, report in reports.items()}, reports
-    )
+    return reports
 
 
 def _module(networks: dict[str, nn.ModuleDict], name: str) -> nn.Module:
@@ -126,26 +139,19 @@ def _module(networks: dict[str, nn.ModuleDict], name: str) -> nn.Module:
     return networks[network][part]
 
 
-def _part(report: LoadReport, module: nn.Module) -> Part:
-    return Part(
-        source=report.source,
-        share=report.share,
-        missing=list(report.missing),
-        fingerprint=fingerprint(module),
-        normalisation=report.normalisation,
-        format=report.layout,
-        resampled=report.resampled,
-    )
-
-
 def _load_heads(
-    student: nn.ModuleDict, teacher: nn.ModuleDict, files: ContinuedFiles, *, reinit: bool
+    networks: dict[str, nn.ModuleDict],
+    files: ContinuedFiles,
+    backbones: dict[str, LoadReport],
+    *,
+    reinit: bool,
 ) -> dict[str, LoadReport]:
     """Load every head that the config trains, for student and teacher together."""
-    reports = {}
-    for head in (name for name in HEADS if name in student):
-        keys = {network: f"{network}_{head}" for network in NETWORKS}
-        missing = [keys[network] for network in NETWORKS if keys[network] not in files.heads]
+    reports: dict[str, LoadReport] = {}
+    digests = {report.path: report.sha256 for report in backbones.values()}
+    for head in (name for name in HEADS if name in networks["student"]):
+        keys = {network: f"{network}_{head}" for network in networks}
+        missing = [key for key in keys.values() if key not in files.heads]
         if missing and not reinit:
             raise WeightsError(_missing_heads(files, head, missing))
         if missing:
@@ -154,11 +160,12 @@ def _load_heads(
                 *(head, files.place, " and ".join(missing)),
             )
             continue
-        for network, modules in (("student", student), ("teacher", teacher)):
-            reports[f"{network}.{head}"] = load_head(
-                modules[head], str(files.heads[keys[network]]), keys[network]
-            )
-    unused = sorted(key for key in files.heads if key.partition("_")[2] not in student)
+        for network, modules in networks.items():
+            opened = files.open(files.heads[keys[network]])
+            known = digests.get(str(opened.path), "")
+            report = load_head(modules[head], opened, keys[network], sha256=known)
+            reports[f"{network}.{head}"], digests[report.path] = report, report.sha256
+    unused = sorted(key for key in files.heads if key.partition("_")[2] not in networks["student"])
     if unused:
         logger.warning("%s also holds %s, which this config does not train", files.place, ", ".join(unused))
     return reports
@@ -177,21 +184,35 @@ def _missing_heads(files: ContinuedFiles, head: str, missing: list[str]) -> str:
     return f"{sentence}; or set head.on_missing=reinit to start this head with random weights."
 
 
-def _load_centers(losses: dict[str, nn.Module], files: ContinuedFiles) -> None:
+def _load_centers(losses: dict[str, nn.Module], files: ContinuedFiles) -> LoadReport | None:
     """Restore the running centres of a continued run, for the losses whose heads were restored."""
     if files.centers is None:
-        logger.warning("%s has no centers_checkpoint.pth: the centres of the losses start at 0", files.place)
-        return
-    stored = read_file(files.centers)
+        logger.warning(
+            "%s has no %s: the centres of the losses start at 0", files.place, checkpoint_name(CENTERS)
+        )
+        return None
+    opened = files.open(files.centers)
+    found: dict[str, StoredTensor] = {}
     for name, loss in losses.items():
-        center = stored.get(name)
-        if not isinstance(center, torch.Tensor) or center.shape != loss.center.shape:
+        stored = opened.content.get(name)
+        if not isinstance(stored, StoredTensor) or stored.shape != tuple(loss.center.shape):
             raise WeightsError(
                 f"{files.centers} has no {name} of shape {tuple(loss.center.shape)}: continue with the same "
                 "losses and prototypes, or remove the file to start with centres of 0."
             )
-        loss.center.copy_(center)
+        found[name] = stored
+    check_values(str(files.centers), found, dict(leaves(opened.content)), opened.metadata)
+    for name, loss in losses.items():
+        loss.center.copy_(found[name].read())
     logger.info("centres of the losses: restored from %s", files.centers)
+    return LoadReport(
+        source=str(files.centers),
+        path=str(files.centers),
+        sha256=sha256_of(files.centers),
+        loaded=list(found),
+        used={name: [name] for name in found},
+        unused={name: "centre of another loss" for name, _ in leaves(opened.content) if name not in found},
+    )
 
 
 def write_reports(initial: InitialWeights, output_dir: Path) -> None:

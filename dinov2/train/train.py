@@ -199,7 +199,13 @@ def do_train(
         )
     restored.checkpointer.rehearse(iteration=start_iteration)
     check = run_self_check(
-        cfg, model, optimizer, dataset, initial=model.initial_weights, start_iteration=start_iteration
+        cfg,
+        model,
+        optimizer,
+        dataset,
+        initial=model.initial_weights,
+        start_iteration=start_iteration,
+        continues=restored.continues,
     )
     enforce(check, cfg.train.self_check)
     loader = build_data_loader(cfg, dataset, start_iteration, model.precision.input_dtype)
@@ -253,7 +259,8 @@ class Restored(NamedTuple):
 
 def _begin(cfg: DictConfig, model: SSLMetaArch, max_iterations: int) -> None:
     """Say what a run that has nothing to resume starts from."""
-    if distributed.is_main_process():
+    # MODEL.WEIGHTS has replaced what was loaded, of which the report would tell.
+    if distributed.is_main_process() and not cfg.MODEL.WEIGHTS:
         write_reports(model.initial_weights, Path(cfg.train.output_dir))
     start = cfg.optim.start_iter
     if start >= max_iterations:

@@ -1,12 +1,15 @@
 """Projection heads: strict loading, and sentences that name the config that would fit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from dinov2.errors import WeightsError
 from dinov2.layers import DINOHead
 from dinov2.models.head_weights import load_head
-from tests.models.vits import named, written
+from dinov2.models.weight_files import open_file
+from tests.models.vits import named, tiny, written
 
 HEAD = {"in_dim": 24, "out_dim": 32, "hidden_dim": 20, "bottleneck_dim": 12, "nlayers": 3}
 
@@ -17,6 +20,16 @@ def test_a_head_is_loaded_strictly(tmp_path):
     load_head(head, path, "teacher_dino_head")
     assert all(torch.equal(tensor, head.state_dict()[name]) for name, tensor in source.state_dict().items())
     load_head(head, named("module.", source), "teacher_dino_head")
+
+
+def test_the_report_accounts_for_every_tensor_of_the_file(tmp_path):
+    head, backbone = DINOHead(**HEAD), tiny()
+    network = {**named("dino_head.", head), **named("backbone.", backbone)}
+    path = written(tmp_path / "teacher_checkpoint.pth", {"teacher": network})
+    for source in (path, open_file(Path(path))):
+        report = load_head(DINOHead(**HEAD), source, "teacher_dino_head")
+        assert {*report.used, *report.unused} == {f"teacher.{name}" for name in network}
+        assert len(report.used) == len(head.state_dict()) and report.source == path
 
 
 def test_newer_weight_norm_names_are_taken():

@@ -69,6 +69,14 @@ def test_heads_alone(tmp_path):
     assert yaml.safe_load("\n".join(findings.config))["ibot"]["separate_head"] is True
 
 
+def test_a_bare_head_is_one_head_of_which_the_file_does_not_tell_whose(tmp_path):
+    findings = inspect_weights(written(tmp_path / "h.pth", DINOHead(24, 40, **HEAD).state_dict()))
+    assert findings.facts["a bare head"].endswith("head_n_prototypes 40")
+    assert not [name for name in findings.facts if "dino head" in name or "ibot head" in name]
+    config = yaml.safe_load("\n".join(findings.config))
+    assert config["dino"]["head_n_prototypes"] == 40 and "ibot" not in config
+
+
 def test_number_formats_and_what_is_not_known(tmp_path):
     state = {name: tensor.half() for name, tensor in tiny().state_dict().items() if name != "mask_token"}
     state["norm.weight"] = state["norm.weight"].float()

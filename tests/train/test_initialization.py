@@ -2,15 +2,20 @@
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
 
 from dinov2.errors import ConfigError, WeightsError
+from dinov2.models import integrity, weight_files
+from dinov2.models.integrity import sha256_of
 from dinov2.train import SSLMetaArch
 from dinov2.train import train as trainer
 from dinov2.train.head_files import find_files
-from tests.train.conftest import written_config
+from dinov2.train.initialization import load_initial_weights
+from tests.models.servers import Served, Server, running
+from tests.train.conftest import TinyRun, written_config
 
 SEPARATE = (
     "ibot.separate_head=true",
@@ -21,11 +26,21 @@ SEPARATE = (
 PREFIX = "dinov2_vits_NCT_10k_training_1999_"
 
 
-@pytest.fixture
-def exported(tiny, tmp_path):
+@pytest.fixture(scope="module")
+def first_run(tile_folder, tmp_path_factory):
     """A run of six iterations with one export in its middle, after the third."""
-    tiny.start(tmp_path / "first", *SEPARATE)
-    return tmp_path / "first" / "eval" / "training_2"
+    folder = tmp_path_factory.mktemp("first")
+    TinyRun(folder, tile_folder).start(folder, *SEPARATE)
+    return folder
+
+
+@pytest.fixture
+def exported(first_run, tmp_path):
+    """A copy of that export, to be spoiled."""
+    copy = tmp_path / "first" / "eval" / "training_2"
+    shutil.copytree(first_run / "eval" / "training_2", copy)
+    shutil.copy(first_run / "config.yaml", tmp_path / "first")
+    return copy
 
 
 @pytest.fixture
@@ -67,7 +82,8 @@ def test_continuing_gives_the_losses_of_the_uninterrupted_run(tiny, tmp_path, lo
     assert losses[0] == pytest.approx(whole[3], rel=1e-6)
     report = json.loads((again / "load_report.json").read_text())
     heads = ["dino_head", "ibot_head"] if separate else ["dino_head"]
-    assert set(report) == {f"{n}.{p}" for n in ("student", "teacher") for p in ("backbone", *heads)}
+    parts = {f"{n}.{p}" for n in ("student", "teacher") for p in ("backbone", *heads)}
+    assert set(report) == parts | ({"centers"} if centering == "centering" else set())
     lines = (again / "training_metrics.json").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [3, 4, 5]
 
@@ -111,10 +127,146 @@ def test_the_names_of_the_model_farm_are_found(tiny, prefixed, named):
 def test_two_sets_of_prefixed_files_are_not_mixed(prefixed):
     for file in list(prefixed.iterdir()):
         shutil.copy(file, prefixed / file.name.replace("1999", "2999"))
-    with pytest.raises(WeightsError, match="several files that end in"):
+    with pytest.raises(WeightsError, match="files of several exports"):
         find_files(str(prefixed))
     files = find_files(str(prefixed / f"{PREFIX}student_dino_head_checkpoint.pth"))
     assert {path.name.split("training_")[1][:4] for path in files.heads.values()} == {"1999"}
+
+
+def test_parts_of_two_exports_are_not_mixed(prefixed):
+    for part in ("student", "teacher"):
+        (prefixed / f"{PREFIX}{part}_checkpoint.pth").rename(prefixed / f"other_{part}_checkpoint.pth")
+    with pytest.raises(WeightsError, match="files of several exports"):
+        find_files(str(prefixed))
+    files = find_files(str(prefixed / f"{PREFIX}student_dino_head_checkpoint.pth"))
+    assert len(files.heads) == 4 and not files.backbones
+
+
+def test_a_named_file_with_all_heads_counts_alone(tiny, exported):
+    """Whatever lies beside it belongs to something else."""
+    keys = [f"{network}_{head}" for network in ("student", "teacher") for head in ("dino_head", "ibot_head")]
+    content = {key: torch.load(exported / f"{key}_checkpoint.pth", weights_only=True)[key] for key in keys}
+    for number, state in enumerate(content.values()):
+        state["mlp.0.bias"].fill_(number)
+    torch.save({**content, "epoch": 3}, exported / "my_heads.pth")
+    model = SSLMetaArch(tiny.resolve(*SEPARATE, f"head.head_path={exported / 'my_heads.pth'}"))
+    heads = [
+        model.student.dino_head,
+        model.student.ibot_head,
+        model.teacher.dino_head,
+        model.teacher.ibot_head,
+    ]
+    assert [head.mlp[0].bias.unique().tolist() for head in heads] == [[0], [1], [2], [3]]
+    assert {name.split(".")[1] for name in model.initial_weights.parts} == {"dino_head", "ibot_head"}
+    assert not model.dino_loss.center.any()
+
+
+def test_what_the_named_file_of_an_export_holds_counts_more_than_its_neighbours(exported):
+    named = exported / "teacher_checkpoint.pth"
+    files = find_files(str(named))
+    assert {key for key, path in files.heads.items() if path == named} == {
+        "teacher_dino_head",
+        "teacher_ibot_head",
+    }
+    assert files.heads["student_dino_head"].name == "student_dino_head_checkpoint.pth"
+    assert files.has_both_backbones
+
+
+def test_one_bare_head_is_not_taken_for_all_of_them(exported, tiny):
+    state = torch.load(exported / "student_dino_head_checkpoint.pth", weights_only=True)["student_dino_head"]
+    torch.save(state, exported / "bare.pth")
+    assert find_files(str(exported / "bare.pth")).heads == {}
+    with pytest.raises(WeightsError, match="lacks"):
+        SSLMetaArch(tiny.resolve(f"head.head_path={exported / 'bare.pth'}"))
+
+
+def test_a_checksum_is_taken_and_compared(exported):
+    file = exported / "student_dino_head_checkpoint.pth"
+    files = find_files(f"{file}#sha256={sha256_of(file)}")
+    assert len(files.heads) == 4 and files.has_both_backbones
+    with pytest.raises(WeightsError, match="instead of the expected"):
+        find_files(f"{file}#sha256={'0' * 64}")
+
+
+def test_a_cached_name_of_the_model_farm_is_found(prefixed, tmp_path, monkeypatch):
+    monkeypatch.setenv("DINOV2_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "zenodo" / "123"
+    folder.mkdir(parents=True)
+    for file in prefixed.glob("*_dino_head_checkpoint.pth"):
+        shutil.copy(file, folder)
+    name = f"{PREFIX}teacher_dino_head_checkpoint.pth"
+    files = find_files(name, ["dino_head"])
+    assert {path.parent for path in files.heads.values()} == {folder} and len(files.heads) == 2
+    (folder / f"{PREFIX}student_dino_head_checkpoint.pth").unlink()
+    with pytest.raises(WeightsError, match="student_dino_head_checkpoint.pth.* is a name of the model farm"):
+        find_files(name, ["dino_head"])
+
+
+def test_beside_an_address_the_other_files_that_are_needed_are_fetched(tiny, prefixed, tmp_path, monkeypatch):
+    monkeypatch.setenv("DINOV2_CACHE", str(tmp_path / "cache"))
+    with running(Server()) as server:
+        for file in prefixed.iterdir():
+            server.files[f"/farm/{file.name}"] = Served(file.read_bytes())
+        address = f"{server.url}/farm/{PREFIX}student_dino_head_checkpoint.pth"
+        SSLMetaArch(tiny.resolve(f"head.head_path={address}"))
+        assert sorted(path.rpartition(PREFIX)[2] for path in server.sent) == [
+            "student_dino_head_checkpoint.pth",
+            "teacher_dino_head_checkpoint.pth",
+        ]
+        model = SSLMetaArch(tiny.resolve(*SEPARATE, f"head.head_path={address}"))
+        assert len(model.initial_weights.parts) == 4 and len(server.sent) == 4
+        whole = f"{server.url}/farm/{PREFIX}teacher_checkpoint.pth"
+        model = SSLMetaArch(tiny.resolve(*SEPARATE, f"head.head_path={whole}"))
+        assert len(model.initial_weights.parts) == 6 and model.dino_loss.center.any()
+
+
+def test_a_missing_counterpart_at_an_address_is_named(prefixed, tmp_path, monkeypatch):
+    monkeypatch.setenv("DINOV2_CACHE", str(tmp_path / "cache"))
+    name = f"{PREFIX}student_dino_head_checkpoint.pth"
+    with running(Server()) as server:
+        server.files[f"/{name}"] = Served((prefixed / name).read_bytes())
+        with pytest.raises(WeightsError, match="Cannot download .*teacher_dino_head_checkpoint.pth"):
+            find_files(f"{server.url}/{name}")
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """Counts by file how often it was opened and how often its digest was computed."""
+    counts = {"opened": Counter(), "hashed": Counter()}
+    opening, hashing = weight_files._open_single, integrity.digest_of
+
+    def opened(path):
+        counts["opened"][path.name] += 1
+        return opening(path)
+
+    def hashed(path, algorithm):
+        counts["hashed"][path.name] += 1
+        return hashing(path, algorithm)
+
+    monkeypatch.setattr(weight_files, "_open_single", opened)
+    monkeypatch.setattr(integrity, "digest_of", hashed)
+    return counts
+
+
+def test_whole_files_with_heads_inside_are_opened_and_hashed_once(tiny, exported, work):
+    for file in exported.glob("*_head_checkpoint.pth"):
+        file.unlink()
+    SSLMetaArch(tiny.resolve(*SEPARATE, f"head.head_path={exported}"))
+    assert set(work["opened"].values()) == set(work["hashed"].values()) == {1}
+    assert set(work["opened"]) == {f"{part}_checkpoint.pth" for part in ("student", "teacher", "centers")}
+
+
+def test_no_file_is_opened_for_a_head_that_the_config_does_not_train(tiny, exported, work):
+    for file in exported.glob("*_ibot_head_checkpoint.pth"):
+        file.unlink()
+    teacher = exported / "teacher_checkpoint.pth"
+    SSLMetaArch(tiny.resolve(f"head.head_path={exported}", f"student.pretrained_weights={teacher}"))
+    assert set(work["opened"]) == {
+        "teacher_checkpoint.pth",
+        "student_dino_head_checkpoint.pth",
+        "teacher_dino_head_checkpoint.pth",
+    }
+    assert set(work["opened"].values()) == {1}
 
 
 def test_heads_inside_whole_network_files_are_found(tiny, exported):
@@ -176,6 +328,48 @@ def test_a_fresh_head_of_a_continued_run_starts_with_a_centre_of_zero(tiny, expo
     model = SSLMetaArch(tiny.resolve(*more, f"head.head_path={exported}", "head.on_missing=reinit"))
     assert model.dino_loss.center.any() and not model.ibot_patch_loss.center.any()
     assert "teacher.ibot_head" not in model.initial_weights.parts
+
+
+def spoiled_centers(exported, name, value):
+    path = exported / "centers_checkpoint.pth"
+    centers = torch.load(path, weights_only=True)
+    centers[name] = value(centers[name])
+    torch.save(centers, path)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(lambda c: c * float("nan"), "NaN or infinity"), (lambda c: c[..., :3], "of shape")]
+)
+def test_centres_that_are_damaged_are_refused_before_one_is_restored(tiny, exported, value, words):
+    spoiled_centers(exported, "ibot_patch_loss.center", value)
+    built = SSLMetaArch(tiny.resolve(*SEPARATE))
+    cfg = tiny.resolve(*SEPARATE, f"head.head_path={exported}")
+    with pytest.raises(WeightsError, match=words):
+        load_initial_weights(built.student, built.teacher, built.centers(), cfg)
+    assert not built.dino_loss.center.any()
+
+
+def test_no_centres_are_restored_where_every_head_starts_afresh(tiny, exported, caplog):
+    for file in exported.glob("*_head_checkpoint.pth"):
+        file.unlink()
+    for network in ("student", "teacher"):
+        path = exported / f"{network}_checkpoint.pth"
+        state = torch.load(path, weights_only=True)[network]
+        torch.save({network: {k: t for k, t in state.items() if k.startswith("backbone.")}}, path)
+    with caplog.at_level("INFO", logger="dinov2"):
+        model = SSLMetaArch(tiny.resolve(f"head.head_path={exported}", "head.on_missing=reinit"))
+    assert "centres of the losses" not in caplog.text and not model.dino_loss.center.any()
+    assert model.initial_weights.parts.keys() == {"student.backbone", "teacher.backbone"}
+
+
+def test_the_report_tells_of_no_weights_that_others_have_replaced(tiny, first_run, exported, tmp_path):
+    (checkpoint,) = first_run.glob("model_final*")
+    tiny.start(
+        tmp_path / "run", *SEPARATE, f"head.head_path={exported}", f"MODEL.WEIGHTS={checkpoint}",
+        "optim.max_iterations=3",
+    )  # fmt: skip
+    assert (tmp_path / "run" / "self_check.json").is_file()
+    assert not (tmp_path / "run" / "load_report.json").exists()
 
 
 def test_start_iter_has_to_lie_inside_the_run(tiny, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dinov2.configs import resolve_config
+from dinov2.models.report import LoadReport
 from dinov2.train import SSLMetaArch
 from dinov2.train.initial_weights import InitialWeights, Part, fingerprint
 from dinov2.train.input import build_dataset
@@ -47,7 +48,7 @@ class Run:
     def student(self):
         return self.model.student["backbone"]
 
-    def check(self, start_iteration=0) -> SelfCheck:
+    def check(self, start_iteration=0, *, continues=False) -> SelfCheck:
         return run_self_check(
             self.cfg,
             self.model,
@@ -55,13 +56,14 @@ class Run:
             self.dataset,
             initial=self.initial,
             start_iteration=start_iteration,
+            continues=continues,
         )
 
     def claim_loaded(self, name, **facts):
         """Say that a module was loaded from a file as it is now."""
         network, module = name.split(".")
-        facts = {"share": 1.0, "missing": [], **facts}
-        part = Part("file.pth", fingerprint=fingerprint(getattr(self.model, network)[module]), **facts)
+        report = LoadReport("file.pth", loaded=[], **facts)
+        part = Part(report, fingerprint(getattr(self.model, network)[module]))
         self.initial = InitialWeights({**self.initial.parts, name: part})
 
 
@@ -125,6 +127,7 @@ def test_every_recipe_starts(recipe, tile_folder, tmp_path):
         "student.embed_dim": 48,
         "student.depth": 4,
         "student.num_heads": 3,
+        "train.freeze_blocks": 2,
         "train.batch_size_per_gpu": 2,
     }
     heads = {"n_prototypes": 64, "hidden_dim": 32, "bottleneck_dim": 256}
@@ -334,7 +337,11 @@ def changed_student(run):
 
 
 def half_loaded(run):
-    run.claim_loaded("student.backbone", share=0.5, missing=["mask_token", "blocks.1.attn.qkv.weight"])
+    run.claim_loaded(
+        "student.backbone",
+        share=0.5,
+        missing=dict.fromkeys(["mask_token", "blocks.1.attn.qkv.weight"], "zeros"),
+    )
 
 
 def nothing_loaded(run):
@@ -462,7 +469,7 @@ def test_what_is_unusual_but_possible_is_a_note(start):
     run = start("teacher.teacher_temp=0.1", "dino.koleo_loss_weight=0", "head.on_missing=reinit")
     run.cfg.head.head_path = "eval/training_9"
     run.claim_loaded(
-        "student.backbone", missing=["mask_token"], share=0.99, resampled={"pos_embed": "37 -> 4"}
+        "student.backbone", missing={"mask_token": "zeros"}, share=0.99, resampled={"pos_embed": "37 -> 4"}
     )
     run.claim_loaded("student.dino_head")
     run.claim_loaded("teacher.dino_head")
@@ -481,6 +488,17 @@ def test_what_is_unusual_but_possible_is_a_note(start):
     assert "does not state its constants" in notes["normalisation: source"]
     assert "equal another one" in notes["duplicate tiles"]
     assert "mask_token not in the file" in verdict(check, "weights: student.backbone")[1]
+
+
+@pytest.mark.parametrize(("origin", "status"), [("stated", "wrong"), ("sizes", "note")])
+def test_constants_that_only_the_sizes_suggest_stop_no_run(start, origin, status):
+    run = start()
+    run.claim_loaded("student.backbone", normalisation=HOPTIMUS)
+    report = run.initial.parts["student.backbone"].report
+    object.__setattr__(report, "normalisation_origin", origin)  # the report is frozen
+    found, text = verdict(run.check(), "normalisation: source")
+    assert found == status and "0.707 0.579 0.704" in text
+    assert ("has the sizes of" in text) == (origin == "sizes")
 
 
 def test_a_dataset_of_another_kind_is_compared_by_its_pictures(start, tmp_path):
@@ -512,12 +530,28 @@ def test_a_resumed_run_raises_no_false_alarm(start):
     with torch.no_grad():
         for parameter in run.model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    assert run.check(start_iteration=2).wrong == []
-    assert {"unchanged: student.backbone", "teacher: dino_head"} <= names(run.check(start_iteration=0).wrong)
-    run.cfg.MODEL.WEIGHTS = "model_final.rank_0.pth"
-    assert run.check(start_iteration=0).wrong == []
-    run.cfg.MODEL.WEIGHTS, run.cfg.optim.start_iter = "", 2
-    assert names(run.check(start_iteration=2).wrong) >= {"unchanged: student.backbone"}
+    assert run.check(start_iteration=2, continues=True).wrong == []
+    changed = {"unchanged: student.backbone", "teacher: dino_head"}
+    assert changed <= names(run.check(start_iteration=0).wrong)
+    run.cfg.optim.start_iter = 2  # where the checkpoint happens to stand, too
+    assert run.check(start_iteration=2, continues=True).wrong == []
+    assert changed <= names(run.check(start_iteration=2).wrong)
+    run.cfg.MODEL.WEIGHTS, run.cfg.optim.start_iter = "model_final.rank_0.pth", 0
+    check = run.check(start_iteration=0)
+    assert check.wrong == []
+    assert "model_final.rank_0.pth" in verdict(check, "weights")[1]
+
+
+def test_resuming_where_the_schedules_began_says_so(tiny, tmp_path):
+    """A whole run: its checkpoint stands at iteration 3, at which it was also told to begin."""
+    out = tmp_path / "run"
+    tiny.start(out, "optim.max_iterations=3")
+    export = f"head.head_path={out / 'eval' / 'training_2'}"
+    tiny.start(out, export, "optim.start_iter=3")
+    lines = json.loads((out / "self_check.json").read_text())["lines"]
+    assert [line["text"] for line in lines if line["name"] == "weights"] == [
+        "those of a checkpoint of this run, at iteration 3"
+    ]
 
 
 @pytest.mark.parametrize("on_missing", ["stop", "reinit"])
@@ -648,7 +682,7 @@ def test_constants_are_measured_on_any_transform(start, constants):
 def test_rates_agree_with_the_optimizer_itself(start):
     run = start("student.block_chunks=2", "optim.layerwise_decay=0.5")
 
-    probed = find_start(run.cfg, run.model, run.optimizer, run.dataset, run.initial, 0)
+    probed = find_start(run.cfg, run.model, run.optimizer, run.dataset, run.initial, 0, continues=False)
     rates = {rate.name: rate.lr for rate in peak_rates(probed)}
     assert rates["backbone.blocks.1.1.norm1.weight"] == pytest.approx(run.cfg.optim.lr * 0.5)
     assert rates["backbone.blocks.0.0.norm1.weight"] == pytest.approx(run.cfg.optim.lr * 0.25)

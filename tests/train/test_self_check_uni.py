@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dinov2.models.report import LoadReport
 from dinov2.train import SSLMetaArch
 from dinov2.train.initial_weights import InitialWeights, Part, fingerprint
 from dinov2.train.input import build_dataset
@@ -95,12 +96,12 @@ def checked(request, tiny, tmp_path):
         network["backbone"].model.load_state_dict(pretrained.state_dict())
     model.teacher["backbone"].requires_grad_(False)
     source = cfg.train.init_weights_from_chkpt
-    parts["student.backbone"] = Part(source, 1.0, [], fingerprint(model.student["backbone"]))
+    parts["student.backbone"] = Part(LoadReport(source, []), fingerprint(model.student["backbone"]))
     for seed, network in enumerate(("student", "teacher")):
         head = getattr(model, network)["dino_head"]
         shake(head, seed)
         path = f"{cfg.head.head_path}/{network}_dino_head_checkpoint.pth"
-        parts[f"{network}.dino_head"] = Part(path, 1.0, [], fingerprint(head))
+        parts[f"{network}.dino_head"] = Part(LoadReport(path, []), fingerprint(head))
     # The fork's preparation: every part of the teacher becomes the student's copy, loaded or not.
     for name, module in model.student.items():
         model.teacher[name].load_state_dict(module.state_dict())

@@ -62,6 +62,7 @@ def run_self_check(
     *,
     initial: InitialWeights,
     start_iteration: int,
+    continues: bool = False,
 ) -> SelfCheck:
     """Check a run that is about to take its first step, log the table and write ``self_check.json``.
 
@@ -75,6 +76,7 @@ def run_self_check(
         dataset: training set with its augmentation.
         initial: what was loaded when the model was built.
         start_iteration: zero-based iteration of the first step.
+        continues: whether a checkpoint in the output directory has replaced what was loaded.
 
     Raises:
         UserError: an image of the first batch cannot be read, on any process.
@@ -83,7 +85,7 @@ def run_self_check(
     if cfg.train.self_check == "off":
         return SelfCheck([])
     with unchanged(model, optimizer):
-        start = _find_start_together(cfg, model, optimizer, dataset, initial, start_iteration)
+        start = _find_start_together(cfg, model, optimizer, dataset, initial, start_iteration, continues)
         lines = [line for check in ALONE for line in _attempt(check, start)]
         lines += check_duplicates(start)
         if any(distributed.all_gather_objects(any(FAILED in line.values for line in lines))):

@@ -10,6 +10,7 @@ from torch import nn
 
 from dinov2 import distributed
 from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from dinov2.models.report import LoadReport
 from dinov2.train.self_check.probe import Start
 from dinov2.train.self_check.record import Line
 
@@ -32,8 +33,8 @@ def check_crops(start: Start) -> Iterator[Line]:
         yield _crop(start, name, patch, stored)
     part = start.initial.parts.get("student.backbone")
     if part is not None and start.is_fresh:
-        for parameter, how in part.resampled.items():
-            yield Line(f"resampled: {parameter}", "note", f"from {part.source}: {how}")
+        for parameter, how in part.report.resampled.items():
+            yield Line(f"resampled: {parameter}", "note", f"from {part.report.source}: {how}")
 
 
 def _crop(start: Start, name: str, patch: int, stored: int | None) -> Line:
@@ -84,16 +85,26 @@ def check_normalisation(start: Start) -> Iterator[Line]:
         text = f"the transform uses {_named(used)}, but crops.mean and crops.std say {_named(config)}"
         yield Line(name, "wrong", text, {"measured": used, "config": config})
     part = start.initial.parts.get("student.backbone")
-    if part is None:
-        return
-    name, source = "normalisation: source", part.normalisation
+    if part is not None:
+        yield _source_normalisation(part.report, used)
+
+
+def _source_normalisation(report: LoadReport, used: Constants) -> Line:
+    """Compare the constants in use with those of the weights; a guess by sizes is no ground to stop a run."""
+    name, source = "normalisation: source", report.normalisation
     if source is None:
-        yield Line(name, "note", f"{part.source} does not state its constants; the run uses {_named(used)}")
-    elif _same(used, source):
-        yield Line(name, "ok", f"{part.source} was trained with the same constants", {"source": source})
-    else:
-        text = f"{part.source} was trained with {_named(source)}, but the run uses {_named(used)}"
-        yield Line(name, "wrong", text, {"source": source, "used": used})
+        return Line(
+            name, "note", f"{report.source} does not state its constants; the run uses {_named(used)}"
+        )
+    origin = getattr(report, "normalisation_origin", "stated")
+    values = {"source": source, "used": used, "origin": origin}
+    subject = f"{report.source} was trained with"
+    if origin == "sizes":
+        subject = f"{report.source} has the sizes of a published model, which was trained with"
+    if _same(used, source):
+        return Line(name, "ok", f"{subject} the same constants", values)
+    text = f"{subject} {_named(source)}, but the run uses {_named(used)}"
+    return Line(name, "note" if origin == "sizes" else "wrong", text, values)
 
 
 def _transform_in_use(dataset: Any) -> Callable[[Image.Image], Any] | None:

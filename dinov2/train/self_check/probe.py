@@ -44,13 +44,14 @@ class Start:
     dataset: Dataset
     initial: InitialWeights
     start_iteration: int
+    continues: bool  # from a checkpoint in the output directory
     tiles: list[tuple[int, str]]  # the first ones: index into the dataset, digest of the picture
     images: dict[str, Any]  # the first few of them, collated
 
     @property
     def is_fresh(self) -> bool:
         """Whether the weights are those of ``initial``, not those of a checkpoint of training."""
-        return self.start_iteration == self.cfg.optim.start_iter and not self.cfg.MODEL.WEIGHTS
+        return not self.continues and not self.cfg.MODEL.WEIGHTS
 
     @property
     def student(self) -> nn.Module:
@@ -83,6 +84,7 @@ def find_start(
     dataset: Dataset,
     initial: InitialWeights,
     start_iteration: int,
+    continues: bool,
 ) -> Start:
     """Fetch the first images of this process's stream, as the loader would.
 
@@ -95,7 +97,7 @@ def find_start(
     collate = build_collate(cfg, model.precision.input_dtype)
     images = collate([samples[key] for key in keys[:IMAGES_RUN]])
     tiles = [(index, _digest(dataset, index)) for _, index in keys]
-    return Start(cfg, model, optimizer, dataset, initial, start_iteration, tiles, images)
+    return Start(cfg, model, optimizer, dataset, initial, start_iteration, continues, tiles, images)
 
 
 def _digest(dataset: Any, index: int) -> str:

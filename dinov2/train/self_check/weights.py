@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from dinov2.train.initial_weights import Part, fingerprint
+from dinov2.models.report import LoadReport
+from dinov2.train.initial_weights import fingerprint
 from dinov2.train.self_check.probe import Start
 from dinov2.train.self_check.record import Line
 
@@ -15,13 +16,12 @@ NOT_IN_EVERY_FILE = "mask_token"  # only masked images use it, so releases in ot
 def check_weights(start: Start) -> Iterator[Line]:
     """Compare every loaded part with its file's share, and with itself right after loading."""
     if not start.is_fresh:
-        begun = start.start_iteration == start.cfg.optim.start_iter
-        source = start.cfg.MODEL.WEIGHTS if begun else "a checkpoint of this run"
+        source = "a checkpoint of this run" if start.continues else start.cfg.MODEL.WEIGHTS
         yield Line("weights", "ok", f"those of {source}, at iteration {start.start_iteration}")
         return
     yield _student_source(start)
     for name, part in start.initial.parts.items():
-        yield _share(start, name, part)
+        yield _share(name, part.report)
 
 
 def _student_source(start: Start) -> Line:
@@ -29,22 +29,21 @@ def _student_source(start: Start) -> Line:
     source = cfg.student.pretrained_weights or cfg.train.init_weights_from_chkpt
     part = start.initial.parts.get("student.backbone")
     if part is not None:
-        stated = f", {part.format}" if part.format else ""
-        return Line(name, "ok", f"the backbone was read from {part.source}{stated}")
+        stated = f", {part.report.layout}" if part.report.layout else ""
+        return Line(name, "ok", f"the backbone was read from {part.report.source}{stated}")
     if source:
         return Line(name, "wrong", f"the config names {source}, but nothing was loaded into the student")
     return Line(name, "note", "the backbone starts with random weights: no source is named")
 
 
-def _share(start: Start, name: str, part: Part) -> Line:
-    label, values = f"weights: {name}", {"share": part.share, "missing": part.missing, "source": part.source}
-    absent = [key for key in part.missing if not key.endswith(NOT_IN_EVERY_FILE)]
-    if absent or (part.share < 1 and not part.missing):
+def _share(name: str, report: LoadReport) -> Line:
+    label, missing, share = f"weights: {name}", list(report.missing), report.share
+    values = {"share": share, "missing": missing, "source": report.source}
+    absent = [key for key in missing if not key.endswith(NOT_IN_EVERY_FILE)]
+    if absent or (share < 1 and not missing):
         shown = f" (without {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''})" if absent else ""
-        return Line(label, "wrong", f"only {part.share:.2%} came from {part.source}{shown}", values)
-    text = f"{part.share:.2%} loaded" + (
-        f"; {', '.join(part.missing)} not in the file" if part.missing else ""
-    )
+        return Line(label, "wrong", f"only {share:.2%} came from {report.source}{shown}", values)
+    text = f"{share:.2%} loaded" + (f"; {', '.join(missing)} not in the file" if missing else "")
     return Line(label, "ok", text, values)
 
 
@@ -63,7 +62,7 @@ def check_kept(start: Start) -> Iterator[Line]:
         elif fingerprint(module) == part.fingerprint:
             yield Line(label, "ok", "as it was loaded")
         else:
-            yield Line(label, "wrong", f"changed since it was loaded from {part.source}")
+            yield Line(label, "wrong", f"changed since it was loaded from {part.report.source}")
 
 
 def check_teacher(start: Start) -> Iterator[Line]:
@@ -93,9 +92,9 @@ def _teacher_part(start: Start, name: str, module: nn.Module) -> Line:
             return Line(label, "ok", "a copy of the student's")
         return Line(label, "wrong", "nothing was loaded for it, yet it differs from the student's")
     if fingerprint(module) == part.fingerprint:
-        return Line(label, "ok", f"as it was loaded from {part.source}")
+        return Line(label, "ok", f"as it was loaded from {part.report.source}")
     how = "the student's copy has overwritten it" if copied else "it has changed since"
-    return Line(label, "wrong", f"not what was loaded from {part.source}: {how}")
+    return Line(label, "wrong", f"not what was loaded from {part.report.source}: {how}")
 
 
 def _equal(student: nn.Module, teacher: nn.Module) -> bool:
@@ -116,7 +115,7 @@ def check_heads(start: Start) -> Iterator[Line]:
         if not start.is_fresh:
             yield Line(label, "ok", "goes on from a checkpoint")
         elif not is_fresh_head(start, name):
-            yield Line(label, "ok", f"loaded from {start.initial.parts[f'student.{name}'].source}")
+            yield Line(label, "ok", f"loaded from {start.initial.parts[f'student.{name}'].report.source}")
         elif not path:
             yield Line(label, "note", "starts with random weights: head.head_path is empty")
         else:
