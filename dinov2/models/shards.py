@@ -1,6 +1,7 @@
 """Checkpoints in several files with an index, as transformers and timm write large models."""
 
 import json
+import os.path
 from pathlib import Path, PurePosixPath
 
 from dinov2.errors import WeightsError
@@ -19,7 +20,9 @@ def read_index(path: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """
     table, metadata = read_table(path)
     files = {name: path.parent / name for name in sorted(set(table.values()))}
-    missing = [name for name, file in files.items() if not file.is_file()]
+    missing = [
+        name for name, file in files.items() if not os.path.isfile(file)
+    ]  # False for too long a name, too
     if missing:
         shown = ", ".join(missing[:NAMES_SHOWN]) + (", ..." if len(missing) > NAMES_SHOWN else "")
         raise WeightsError(

@@ -146,14 +146,12 @@ class _Listing:
         self.path, self.size, self.entries = path, size, 0
 
     def of(self, item: Any, keys: tuple[str, ...] = ()) -> Any:
+        self._count(keys)
         if isinstance(item, Tensor):
-            self._count(keys)
             return self._stored(item, ".".join(keys))
         if isinstance(item, Mapping):
-            self._count(keys)
             return {key: self.of(value, (*keys, str(key))) for key, value in item.items()}
         if isinstance(item, (list, tuple)):
-            self._count(keys)
             values = [self.of(value, (*keys, str(index))) for index, value in enumerate(item)]
             return values if isinstance(item, list) else tuple(values)
         return item
@@ -164,7 +162,8 @@ class _Listing:
             raise damaged(self.path, f"containers nested without end below {'.'.join(keys[:3])}")
 
     def _stored(self, tensor: Tensor, name: str) -> StoredTensor:
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.is_quantized or tensor.is_nested:
             raise WeightsError(
                 f'The tensor {name} of the weight file "{self.path}" has no plain values ({tensor.layout}, '
                 f"device {tensor.device.type}, {tensor.dtype}): save dense tensors that have data."
