@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dinov2.errors import WeightsError
-from dinov2.models.integrity import check_digest
+from dinov2.models.integrity import check_digest, is_file
 from dinov2.models.transfer import discard, finish, transfer
 
 logger = logging.getLogger("dinov2")
@@ -74,7 +74,7 @@ def fetch(
         WeightsError: It has another checksum, or the cache cannot be written.
     """
     target = target or cache_path(url)
-    if not os.path.isfile(target):  # False for too long a name, too
+    if not is_file(target):
         with _exclusive(target) as partial:
             if not target.is_file():  # another process may have been faster
                 _download(url, target, partial, sha256, md5, timeout)
