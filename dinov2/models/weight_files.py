@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from dinov2.errors import WeightsError
+from dinov2.models.digest import DIGEST_KEY
+from dinov2.models.entries import leaves
 from dinov2.models.integrity import check_sidecar, damaged, require_file
 from dinov2.models.safetensors_files import list_safetensors
 from dinov2.models.shards import INDEX_SUFFIX, NAMES_SHOWN, read_index
 from dinov2.models.stored import StoredTensor
 from dinov2.models.torch_files import read_archive, read_legacy
+from dinov2.models.values import check_values
 
 HEAD_BYTES = 512
 MAX_DEPTH = 32  # containers within containers; a training checkpoint has about five
@@ -41,7 +44,8 @@ class OpenedFile:
         content: As it was saved, with a :class:`StoredTensor` for every tensor, none of which is read yet;
             its name is the path of keys to it, such as ``teacher.backbone.cls_token``.
         kind: ``safetensors``, ``sharded safetensors``, ``torch zip``, ``torch legacy`` or ``sharded torch``.
-        metadata: The words that a safetensors file or an index carries beside the tensors.
+        metadata: The words that a safetensors file or an index carries beside the tensors. The digest of one
+            file of several is under :data:`DIGEST_KEY` with a space and the file behind it.
     """
 
     path: Path
@@ -70,9 +74,14 @@ def read_file(path: Path) -> dict[str, Any]:
     Tensors of a ``.pth`` archive are mapped from the file, not copied.
 
     Raises:
-        WeightsError: See :func:`open_file`.
+        WeightsError: See :func:`open_file`; or the values are damaged, see
+            :func:`dinov2.models.values.check_values`.
     """
-    return _realised(open_file(path).content)
+    opened = open_file(path)
+    tensors = dict(leaves(opened.content))
+    numbers = {name: stored for name, stored in tensors.items() if stored.is_floating_point}
+    check_values(str(opened.path), numbers, tensors, opened.metadata)
+    return _realised(opened.content)
 
 
 def _open_single(path: Path) -> OpenedFile:
@@ -132,9 +141,10 @@ def _open_sharded(index: Path) -> OpenedFile:
             "index and files are of different checkpoints; download them again."
         )
     content = {name: shards[file].content[name] for name, file in table.items()}
-    for shard in shards.values():  # what the index forgets is shown, not lost
+    for file, shard in shards.items():  # what the index forgets is shown, not lost
         content = {**shard.content, **content}
-        metadata = {**shard.metadata, **metadata}
+        own = {f"{key} {file}" if key == DIGEST_KEY else key: value for key, value in shard.metadata.items()}
+        metadata = {**own, **metadata}
     kinds = {shard.kind.partition(" ")[0] for shard in shards.values()}
     return OpenedFile(index, content, f"sharded {' and '.join(sorted(kinds))}", metadata)
 
