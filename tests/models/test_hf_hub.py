@@ -108,7 +108,10 @@ import json, multiprocessing, os, sys
 from dinov2.errors import UserError
 from dinov2.models.sources import locate
 
-assert "huggingface_hub" not in sys.modules  # each fork imports it, in an environment of its own
+# Each fork imports the library anew, in an environment of its own; what it builds upon is there by then.
+import huggingface_hub.file_download, huggingface_hub.hf_api
+for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+    del sys.modules[name]
 
 def outcome(request):
     source, token = request
