@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-DIGEST_KEY = "sha256"  # of the metadata of a safetensors file
+DIGEST_KEY = "dinov2_tensors_sha256"  # of the metadata of a safetensors file; no other program writes it
 
 
 def tensors_digest(items: Iterable[tuple[str, Tensor]]) -> str:

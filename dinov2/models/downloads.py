@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dinov2.errors import WeightsError
-from dinov2.models.integrity import check_digest
+from dinov2.models.integrity import check_digest, is_file
 from dinov2.models.transfer import discard, finish, transfer
 
 logger = logging.getLogger("dinov2")
@@ -39,13 +39,14 @@ def cache_path(url: str) -> Path:
     """Return where the file at ``url`` is, or would be, kept."""
     address = urllib.parse.urlsplit(url)
     parts = [part for part in urllib.parse.unquote(address.path).split("/") if part not in ("", ".", "..")]
-    if not address.hostname or not parts:
+    host = address.netloc.rpartition("@")[2].replace(":", "_")
+    if not address.hostname or not parts or host in (".", "..") or "\0" in "".join(parts):
         raise WeightsError(
             f'"{url}" does not name a file: expected an address such as https://host/folder/file.pth'
         )
     if address.query:  # the same path with another query may be another file
         parts[-1] = f"{hashlib.sha256(address.query.encode()).hexdigest()[:12]}-{parts[-1]}"
-    return cache_dir().joinpath(address.netloc.rpartition("@")[2].replace(":", "_"), *parts)
+    return cache_dir().joinpath(host, *parts)
 
 
 def fetch(
@@ -73,7 +74,7 @@ def fetch(
         WeightsError: It has another checksum, or the cache cannot be written.
     """
     target = target or cache_path(url)
-    if not target.is_file():
+    if not is_file(target):
         with _exclusive(target) as partial:
             if not target.is_file():  # another process may have been faster
                 _download(url, target, partial, sha256, md5, timeout)

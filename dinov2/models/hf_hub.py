@@ -5,7 +5,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,6 +22,7 @@ NAME = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@/][^:@]*))?(:(?P<file>[^:/][^:]*))?", re.ASCII
 )
 CONFIG = "config.json"
+COMPANIONS = (CONFIG, "preprocessor_config.json")
 TIMEOUT_SECONDS = 10.0
 
 
@@ -50,7 +51,7 @@ class HubName:
 
 
 def fetch_from_hub(text: str, *, entry: str = "teacher") -> Path:
-    """Return the weight file, or the index, of a repository; shards and ``config.json`` lie beside it.
+    """Return the weight file, or the index, of a repository; shards and configs lie beside it.
 
     A complete copy in the library's cache serves when the Hub cannot be reached or refuses.
 
@@ -92,15 +93,19 @@ def fetch_from_hub(text: str, *, entry: str = "teacher") -> Path:
 
 def _download(name: HubName, file: str, listed: list[str]) -> Path:
     """Fetch a file with all that belongs to it."""
-    config = file[: file.rfind("/") + 1] + CONFIG
+    folder = file[: file.rfind("/") + 1]
     logger.info("%s: fetching %s from the Hugging Face Hub, unless it is cached", name, file)
     try:
         with _progress_on_terminals_only():
             path = _fetch_one(name, file)
+            # The rest is of the same commit, whatever a branch means by then. The first file is asked for by
+            # the name of the branch, as the cache notes down which commit that was.
+            commit = path.parents[file.count("/")].name
             for shard in _shards(name, file, path, listed) if file.endswith(INDEX_SUFFIX) else ():
-                _fetch_one(name, shard)
-            if config in listed:
-                _fetch_one(name, config)
+                _fetch_one(replace(name, revision=commit), shard)
+            for companion in COMPANIONS:
+                if folder + companion in listed:
+                    _fetch_one(replace(name, revision=commit), folder + companion)
     except WeightsError:
         raise
     except Exception as error:
@@ -112,9 +117,9 @@ def _fetch_one(name: HubName, file: str) -> Path:
     """Return a file from the library's cache; a fresh one is compared with the checksum the Hub states."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    known = isinstance(try_to_load_from_cache(name.repo, file, revision=name.revision), str)
+    known = try_to_load_from_cache(name.repo, file, revision=name.revision)  # perhaps of an older version
     path = Path(hf_hub_download(name.repo, file, revision=name.revision))
-    if not known and path.is_symlink():  # to a file named by the checksum, if it is a large one
+    if str(path) != known and path.is_symlink():  # to a file named by the checksum, if it is a large one
         stated = path.readlink().name
         if re.fullmatch(r"[0-9a-f]{64}", stated):
             try:

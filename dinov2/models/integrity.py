@@ -11,6 +11,14 @@ CHUNK_BYTES = 1 << 20
 SIDECAR_BYTES = 1 << 20  # a list of checksums is never longer
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False for a name that no file can have, where :mod:`pathlib` raises."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def require_file(path: Path) -> int:
     """Return the size of a file in bytes; anything but a readable file is an error.
 

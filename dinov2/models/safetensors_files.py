@@ -66,4 +66,4 @@ def _stored(path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise damaged(path, error) from error
 
-    return StoredTensor(shape, dtype, read, (name,))
+    return StoredTensor(shape, dtype, read, (name,), file=str(path))

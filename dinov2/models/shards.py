@@ -4,7 +4,7 @@ import json
 from pathlib import Path, PurePosixPath
 
 from dinov2.errors import WeightsError
-from dinov2.models.integrity import damaged
+from dinov2.models.integrity import damaged, is_file
 
 INDEX_SUFFIX = ".index.json"
 INDEX_BYTES = 1 << 26  # a table of a hundred thousand names has a tenth of this
@@ -19,7 +19,7 @@ def read_index(path: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """
     table, metadata = read_table(path)
     files = {name: path.parent / name for name in sorted(set(table.values()))}
-    missing = [name for name, file in files.items() if not file.is_file()]
+    missing = [name for name, file in files.items() if not is_file(file)]
     if missing:
         shown = ", ".join(missing[:NAMES_SHOWN]) + (", ..." if len(missing) > NAMES_SHOWN else "")
         raise WeightsError(

@@ -21,6 +21,7 @@ class StoredTensor:
         read: Returns the tensor, on the CPU; every call reads again.
         names: The tensors of the file that it is made of.
         how: The conversions applied since, in order.
+        file: The file it is read from, if it is known.
     """
 
     shape: tuple[int, ...]
@@ -28,6 +29,7 @@ class StoredTensor:
     read: Callable[[], Tensor] = field(repr=False)
     names: tuple[str, ...]
     how: tuple[str, ...] = ()
+    file: str = ""
 
     @classmethod
     def of(cls, tensor: Tensor, name: str) -> "StoredTensor":

@@ -5,18 +5,21 @@ and a few NumPy numbers beside the weights; for these it is given stand-ins, non
 """
 
 import argparse
+import io
 import pickle
 import re
 import struct
 import threading
 import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from dinov2.errors import WeightsError
 from dinov2.models.integrity import CHUNK_BYTES, damaged
+from dinov2.models.pickle_scan import check_pickle
 
 NUMBER_FORMATS = {  # NumPy's code of a number -> the struct module's
     "b1": "?",
@@ -45,6 +48,8 @@ def _number(kind: _NumberType, data: bytes) -> float | int | bool:
     return struct.unpack(kind.order + NUMBER_FORMATS[kind.code], data)[0]
 
 
+LEGACY_PICKLES = 5  # magic number, version, facts about the machine, content, order of the storages
+
 # With a name of their own these entries are not confused with what a user has declared safe.
 STAND_INS = [
     (argparse.Namespace, "argparse.Namespace"),
@@ -58,16 +63,32 @@ _unpickling = threading.Lock()  # torch keeps the list of stand-ins in one place
 def read_archive(path: Path, size: int) -> Any:
     """Return what a file in PyTorch's zip format holds, its tensors mapped from the file."""
     _check_archive(path, size)
-    return _load(path, mmap=True)
+    return _load(path, _pickles_of_archive(path), mmap=True)
 
 
 def read_legacy(path: Path) -> Any:
     """Return what a file in the format before PyTorch 1.6 holds."""
-    return _load(path, mmap=False)
+    return _load(path, _pickles_of_legacy(path), mmap=False)
 
 
-def _load(path: Path, *, mmap: bool) -> Any:
+def _pickles_of_archive(path: Path) -> Iterator[BinaryIO]:
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.filename.lower().endswith("data.pkl"):  # PyTorch's reader may overlook the case
+                yield io.BytesIO(archive.read(record))
+
+
+def _pickles_of_legacy(path: Path) -> Iterator[BinaryIO]:
+    with path.open("rb") as stream:
+        for _ in range(LEGACY_PICKLES):
+            if stream.peek(1):  # that one is lacking is for PyTorch to say
+                yield stream
+
+
+def _load(path: Path, pickles: Iterable[BinaryIO], *, mmap: bool) -> Any:
     try:
+        for stream in pickles:
+            check_pickle(stream)
         with _unpickling, torch.serialization.safe_globals(STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
@@ -75,8 +96,9 @@ def _load(path: Path, *, mmap: bool) -> Any:
         if found is None:
             raise damaged(path, error) from error
         raise WeightsError(
-            f'The weight file "{path}" contains the Python object {found[1]}, and loading it could run code: '
-            "it is not loaded; if you trust its origin, save its tensors alone to a new file with torch.save."
+            f'The weight file "{path}" contains the Python object {found[1]}, and loading it could run code '
+            "or fill the memory: it is not loaded; if you trust its origin, save its tensors alone to a new "
+            "file with torch.save."
         ) from error
     except Exception as error:  # the restricted unpickler meets damaged input with almost any exception
         raise damaged(path, error) from error

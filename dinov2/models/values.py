@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from dinov2.errors import WeightsError
 from dinov2.models.digest import DIGEST_KEY, tensors_digest
@@ -26,14 +27,14 @@ def check_values(
         source: Name of the file for messages.
         state: What is going to be loaded.
         tensors: All tensors of the file.
-        metadata: What the file says about itself, among it perhaps a digest of its tensors.
+        metadata: What the file says about itself, among it perhaps digests of all its tensors or of those in
+            one of several files; see :class:`dinov2.models.weight_files.OpenedFile`.
     """
     broken, huge = [], []
     for name, stored in state.items():
         if not stored.numel:
             continue
-        low, high = torch.aminmax(stored.read())  # NaN comes through
-        largest = torch.maximum(-low, high).item()
+        largest = _largest(source, name, stored.read())
         if not math.isfinite(largest):
             broken.append(name)
         elif largest > LARGEST_PLAUSIBLE:
@@ -52,13 +53,26 @@ def check_values(
     _check_digest(source, tensors, metadata)
 
 
-def _check_digest(source: str, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> None:
-    expected = metadata.get(DIGEST_KEY)
-    if expected is None:
-        return
-    found = tensors_digest((name, tensors[name].read()) for name in sorted(tensors))
-    if found != expected:
+def _largest(source: str, name: str, values: Tensor) -> float:
+    try:
+        low, high = torch.aminmax(values.float() if values.dtype.itemsize == 1 else values)
+    except NotImplementedError as error:
         raise WeightsError(
-            f"The tensors in {source} have the digest {found} instead of {expected}, which the file states: "
-            "it is damaged; download or copy it again."
-        )
+            f"The tensor {name} in {source} has numbers of a type that is not read ({values.dtype}): convert "
+            "them to float32, float16 or bfloat16."
+        ) from error
+    return torch.maximum(-low, high).item()  # NaN comes through
+
+
+def _check_digest(source: str, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> None:
+    for key, expected in metadata.items():
+        digest_key, _, file = key.partition(" ")
+        if digest_key != DIGEST_KEY:
+            continue
+        names = sorted(name for name, stored in tensors.items() if file in ("", stored.file))
+        found = tensors_digest((name, tensors[name].read()) for name in names)
+        if found != expected:
+            raise WeightsError(
+                f"The tensors in {file or source} have the digest {found} instead of {expected}, which the "
+                "file states: it is damaged; download or copy it again."
+            )

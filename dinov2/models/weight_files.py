@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from dinov2.errors import WeightsError
+from dinov2.models.digest import DIGEST_KEY
+from dinov2.models.entries import leaves
 from dinov2.models.integrity import check_sidecar, damaged, require_file
 from dinov2.models.safetensors_files import list_safetensors
 from dinov2.models.shards import INDEX_SUFFIX, NAMES_SHOWN, read_index
 from dinov2.models.stored import StoredTensor
 from dinov2.models.torch_files import read_archive, read_legacy
+from dinov2.models.values import check_values
 
 HEAD_BYTES = 512
 MAX_DEPTH = 32  # containers within containers; a training checkpoint has about five
@@ -41,7 +44,8 @@ class OpenedFile:
         content: As it was saved, with a :class:`StoredTensor` for every tensor, none of which is read yet;
             its name is the path of keys to it, such as ``teacher.backbone.cls_token``.
         kind: ``safetensors``, ``sharded safetensors``, ``torch zip``, ``torch legacy`` or ``sharded torch``.
-        metadata: The words that a safetensors file or an index carries beside the tensors.
+        metadata: The words that a safetensors file or an index carries beside the tensors. The digest of one
+            file of several is under :data:`DIGEST_KEY` with a space and the file behind it.
     """
 
     path: Path
@@ -70,9 +74,14 @@ def read_file(path: Path) -> dict[str, Any]:
     Tensors of a ``.pth`` archive are mapped from the file, not copied.
 
     Raises:
-        WeightsError: See :func:`open_file`.
+        WeightsError: See :func:`open_file`; or the values are damaged, see
+            :func:`dinov2.models.values.check_values`.
     """
-    return _realised(open_file(path).content)
+    opened = open_file(path)
+    tensors = dict(leaves(opened.content))
+    numbers = {name: stored for name, stored in tensors.items() if stored.is_floating_point}
+    check_values(str(opened.path), numbers, tensors, opened.metadata)
+    return _realised(opened.content)
 
 
 def _open_single(path: Path) -> OpenedFile:
@@ -132,9 +141,10 @@ def _open_sharded(index: Path) -> OpenedFile:
             "index and files are of different checkpoints; download them again."
         )
     content = {name: shards[file].content[name] for name, file in table.items()}
-    for shard in shards.values():  # what the index forgets is shown, not lost
+    for file, shard in shards.items():  # what the index forgets is shown, not lost
         content = {**shard.content, **content}
-        metadata = {**shard.metadata, **metadata}
+        own = {f"{key} {file}" if key == DIGEST_KEY else key: value for key, value in shard.metadata.items()}
+        metadata = {**own, **metadata}
     kinds = {shard.kind.partition(" ")[0] for shard in shards.values()}
     return OpenedFile(index, content, f"sharded {' and '.join(sorted(kinds))}", metadata)
 
@@ -146,14 +156,12 @@ class _Listing:
         self.path, self.size, self.entries = path, size, 0
 
     def of(self, item: Any, keys: tuple[str, ...] = ()) -> Any:
+        self._count(keys)
         if isinstance(item, Tensor):
-            self._count(keys)
             return self._stored(item, ".".join(keys))
         if isinstance(item, Mapping):
-            self._count(keys)
             return {key: self.of(value, (*keys, str(key))) for key, value in item.items()}
         if isinstance(item, (list, tuple)):
-            self._count(keys)
             values = [self.of(value, (*keys, str(index))) for index, value in enumerate(item)]
             return values if isinstance(item, list) else tuple(values)
         return item
@@ -164,7 +172,8 @@ class _Listing:
             raise damaged(self.path, f"containers nested without end below {'.'.join(keys[:3])}")
 
     def _stored(self, tensor: Tensor, name: str) -> StoredTensor:
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.is_quantized or tensor.is_nested:
             raise WeightsError(
                 f'The tensor {name} of the weight file "{self.path}" has no plain values ({tensor.layout}, '
                 f"device {tensor.device.type}, {tensor.dtype}): save dense tensors that have data."

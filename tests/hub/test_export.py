@@ -93,7 +93,7 @@ def test_safetensors_carry_their_digest(weights, tmp_path):
         names = sorted(file.keys())
         assert file.metadata() == {
             "format": "pt",
-            "sha256": tensors_digest((name, file.get_tensor(name)) for name in names),
+            "dinov2_tensors_sha256": tensors_digest((name, file.get_tensor(name)) for name in names),
         }
         assert {file.get_tensor(name).dtype for name in names} == {torch.bfloat16}
 

@@ -172,5 +172,25 @@ def test_cache_paths_stay_apart_and_inside(tmp_path, monkeypatch):
     paths = {cache_path(url) for url in urls}
     assert len(paths) == len(urls)
     assert all(path.resolve().is_relative_to(tmp_path) for path in paths)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://host/",
+        "https:///a.pth",
+        "http://../a/b.pth",
+        "http://./a/b.pth",
+        "http://user@../b.pth",
+        "http://host/a%00b.pth",
+    ],
+)
+def test_addresses_that_lead_to_no_file_of_the_cache_are_refused(url):
     with pytest.raises(WeightsError, match="does not name a file"):
-        cache_path("https://host/")
+        cache_path(url)
+
+
+def test_a_name_too_long_for_the_disk_gets_a_sentence(server):
+    fetch(f"{server.url}/weights.pth")
+    with pytest.raises(WeightsError, match="Cannot write weights to the cache"):
+        fetch(f"{server.url}/{'x' * 300}.pth")

@@ -1,12 +1,14 @@
 """The Hugging Face Hub's own library against a server on this machine that speaks its few addresses.
 
-The library reads its endpoint when it is imported: every test runs it in processes of their own.
+The library reads its endpoint when it is imported. So it runs in processes of their own, which are forked off
+one that has imported everything else.
 """
 
 import hashlib
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import urllib.parse
@@ -19,6 +21,7 @@ from safetensors.torch import save
 from dinov2.errors import WeightsError
 from dinov2.models import hf_hub
 from dinov2.models.hf_hub import HubName, fetch_from_hub
+from dinov2.models.shards import INDEX_SUFFIX
 from dinov2.models.weight_files import open_file
 from tests.conftest import REPO
 from tests.models.servers import Served, Server, running
@@ -34,12 +37,14 @@ SHARDS = {
 }
 INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
 CONFIG = b'{"architecture": "vit_large_patch16_224"}'
+PREPROCESSING = b'{"image_mean": [0.7, 0.6, 0.7], "image_std": [0.2, 0.2, 0.2]}'
 
 REPOSITORIES = {
     "lab/single": {
         "model.safetensors": WEIGHTS,
         "pytorch_model.bin": b"x",
         "config.json": CONFIG,
+        "preprocessor_config.json": PREPROCESSING,
         "README.md": b"x",
     },
     "lab/sharded": {"model.safetensors.index.json": INDEX, **SHARDS, "config.json": CONFIG},
@@ -51,6 +56,8 @@ REPOSITORIES = {
     "lab/several": {"a.pth": b"a", "b.pth": b"b"},
     "lab/gated": {"model.safetensors": WEIGHTS, "config.json": CONFIG},
     "lab/damaged": {"model.safetensors": WEIGHTS},
+    "lab/later": {"model.safetensors": WEIGHTS},
+    "lab/moving": {"model.safetensors.index.json": INDEX, **SHARDS, "config.json": CONFIG},
 }
 
 
@@ -83,7 +90,12 @@ class Hub(Server):
         tag = (
             "0" * 64 if repo == "lab/damaged" else digest if file[3].endswith(".safetensors") else digest[:40]
         )
-        commit = OLDER if revision in ("older", OLDER) else COMMIT
+        older = revision in ("older", OLDER)
+        if repo == "lab/moving" and revision == "main":  # it moves on once the first file has been fetched
+            older = file[3].endswith(INDEX_SUFFIX)
+        if repo == "lab/later" and not older:  # where only the newer version is damaged
+            tag = "0" * 64
+        commit = OLDER if older else COMMIT
         return Served(files[file[3]], tag=f'"{tag}"', headers={"X-Repo-Commit": commit}, ranges=False)
 
 
@@ -93,9 +105,13 @@ def refused(status, code, message=""):
 
 CHILD = """
 import json, multiprocessing, os, sys
-import huggingface_hub.file_download
 from dinov2.errors import UserError
 from dinov2.models.sources import locate
+
+# Each fork imports the library anew, in an environment of its own; what it builds upon is there by then.
+import huggingface_hub.file_download, huggingface_hub.hf_api
+for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+    del sys.modules[name]
 
 def outcome(request):
     source, token = request
@@ -107,19 +123,47 @@ def outcome(request):
     except UserError as error:
         return f"{type(error).__name__}: {error}"
 
-requests = json.loads(sys.argv[1])
-if sys.argv[2] == "together":  # one process for each, as the ranks of a training are
-    with multiprocessing.get_context("fork").Pool(len(requests)) as pool:
-        outcomes = pool.map(outcome, requests, chunksize=1)
-else:
-    outcomes = [outcome(request) for request in requests]
-print(json.dumps(outcomes))
+def answer(job):
+    os.environ.update(job["environment"])
+    requests = job["requests"]
+    if job["together"]:  # one process for each, as the ranks of a training are
+        import huggingface_hub.file_download
+        with multiprocessing.get_context("fork").Pool(len(requests)) as pool:
+            outcomes = pool.map(outcome, requests, chunksize=1)
+    else:
+        outcomes = [outcome(request) for request in requests]
+    print(json.dumps(outcomes), flush=True)
+
+for line in sys.stdin:
+    fork = multiprocessing.get_context("fork").Process(target=answer, args=(json.loads(line),))
+    fork.start()
+    fork.join()
+    if fork.exitcode:
+        print(json.dumps([f"the process ended with {fork.exitcode}"]), flush=True)
 """
+SECONDS = 180
+NOWHERE = "http://127.0.0.1:1"
 
 
 @pytest.fixture(scope="module")
-def hub():
+def child():
+    """A process that answers one line of JSON with another."""
+    cleared = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD],
+        env={**cleared, "PYTHONPATH": str(REPO)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield process
+    process.communicate(timeout=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def hub(child):
     with running(Hub()) as server:
+        server.child = child
         yield server
 
 
@@ -128,29 +172,19 @@ def home(tmp_path):
     return tmp_path / "hf"
 
 
-def start(requests, home, how="in turn", **environment):
-    cleared = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    variables = {**cleared, "HF_HOME": str(home), "PYTHONPATH": str(REPO), **environment}
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, json.dumps(requests), how],
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def outcomes(process) -> list[str]:
-    out, err = process.communicate(timeout=180)
-    assert process.returncode == 0, err
-    found = json.loads(out)
+def ask(hub, home, *requests, together=False, **environment) -> list[str]:
+    """Locate sources, alone or with a token, in a process with these variables; return what comes of it."""
+    job = {
+        "requests": [request if isinstance(request, tuple) else (request, None) for request in requests],
+        "environment": {"HF_HOME": str(home), "HF_ENDPOINT": hub.url, **environment},
+        "together": together,
+    }
+    print(json.dumps(job), file=hub.child.stdin, flush=True)
+    assert select.select([hub.child.stdout], [], [], SECONDS)[0], "no answer"
+    found = json.loads(hub.child.stdout.readline())
+    assert len(found) == len(requests), found
     assert not any("\n" in outcome for outcome in found)
     return found
-
-
-def ask(hub, home, *requests, **environment):
-    pairs = [request if isinstance(request, tuple) else (request, None) for request in requests]
-    return outcomes(start(pairs, home, HF_ENDPOINT=hub.url, **environment))
 
 
 def test_repositories_are_fetched_and_the_cache_serves_offline(hub, home):
@@ -172,10 +206,11 @@ def test_repositories_are_fetched_and_the_cache_serves_offline(hub, home):
     assert ask(hub, home, f"hf-hub:lab/single#sha256={digest}") == [single]
     for path in (single, sharded, gated):
         assert Path(path).with_name("config.json").read_bytes() == CONFIG
+    assert Path(single).with_name("preprocessor_config.json").read_bytes() == PREPROCESSING
     # Without a network, with and without the library knowing of it, and after access was withdrawn:
     again = [*sources, "hf-hub:lab/gated"]
     assert ask(hub, home, *again, HF_HUB_OFFLINE="1") == found
-    assert outcomes(start([(name, None) for name in again], home, HF_ENDPOINT="http://127.0.0.1:1")) == found
+    assert ask(hub, home, *again, HF_ENDPOINT=NOWHERE) == found
     assert ask(hub, home, "hf-hub:lab/gated") == [gated]
 
 
@@ -210,7 +245,7 @@ def test_what_cannot_be_had_gets_one_sentence(hub, home):
 
 def test_without_network_and_copy_the_message_says_what_would_do(hub, home):
     offline = ask(hub, home, "hf-hub:lab/single", HF_HUB_OFFLINE="1")
-    unreachable = outcomes(start([("hf-hub:lab/single", None)], home, HF_ENDPOINT="http://127.0.0.1:1"))
+    unreachable = ask(hub, home, "hf-hub:lab/single", HF_ENDPOINT=NOWHERE)
     assert "HF_HUB_OFFLINE is set" in offline[0]
     for (message,) in (offline, unreachable):
         assert message.startswith("DownloadError: Cannot get hf-hub:lab/single")
@@ -227,10 +262,28 @@ def test_an_incomplete_copy_does_not_serve(hub, home):
 
 def test_processes_that_ask_together_share_one_download(hub, home):
     hub.sent.clear()
-    requests = [("hf-hub:lab/single", None)] * 3
-    found = outcomes(start(requests, home, "together", HF_ENDPOINT=hub.url))
+    found = ask(hub, home, *["hf-hub:lab/single"] * 3, together=True)
     assert len(found) == 3 and len(set(found)) == 1 and Path(found[0]).read_bytes() == WEIGHTS
     assert hub.sent.count("/lab/single/resolve/main/model.safetensors") == 1
+
+
+def test_a_newer_version_is_compared_with_its_checksum_too(hub, home):
+    digest = hashlib.sha256(WEIGHTS).hexdigest()
+    requests = ["hf-hub:lab/later@older", "hf-hub:lab/later"]
+    older, message = ask(hub, home, *requests)
+    refs = home / "hub" / "models--lab--later" / "refs"
+    assert OLDER in older and f"sha256 {digest} instead of the expected {'0' * 64}" in message
+    (refs / "main").write_text(OLDER)  # as if main had been fetched when it was the older version
+    assert ask(hub, home, "hf-hub:lab/later", HF_HUB_OFFLINE="1") == [older]
+    assert f"instead of the expected {'0' * 64}" in ask(hub, home, "hf-hub:lab/later")[0]
+
+
+def test_all_files_are_of_one_version_though_the_repository_moves(hub, home):
+    (index,) = ask(hub, home, "hf-hub:lab/moving")
+    assert OLDER in index
+    names = {path.name for path in Path(index).parent.iterdir()}
+    assert names == set(REPOSITORIES["lab/moving"])
+    assert ask(hub, home, "hf-hub:lab/moving", HF_HUB_OFFLINE="1") == [index]
 
 
 def test_names_are_taken_apart():

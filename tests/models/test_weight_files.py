@@ -252,11 +252,18 @@ def test_lists_of_lists_without_end_are_refused(tmp_path):
     assert "nested without end" in refusal(pickled(tmp_path / "circle.pth", {"a": circle}))
 
 
+def test_one_long_list_named_many_times_is_refused(tmp_path):
+    numbers = list(range(2000))
+    assert "nested without end" in refusal(pickled(tmp_path / "bomb.pth", {"a": [numbers] * 2000}))
+
+
 def test_tensors_without_values_of_their_own_are_refused(tmp_path):
     huge = torch.zeros(1).expand(10**6, 10**6)
     assert "larger than the file" in refusal(pickled(tmp_path / "a.pth", {"a": huge}))
     assert "no plain values" in refusal(pickled(tmp_path / "b.pth", {"a": torch.zeros(3, device="meta")}))
     assert "no plain values" in refusal(pickled(tmp_path / "c.pth", {"a": torch.eye(3).to_sparse()}))
+    nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    assert "no plain values" in refusal(pickled(tmp_path / "d.pth", {"a": nested}))
 
 
 # --- files that are not what they seem ----------------------------------------------------------------
@@ -389,6 +396,12 @@ def test_all_missing_shards_are_named_at_once(tmp_path):
         shard.unlink()
     message = refusal(index)
     assert all(shard.name in message for shard in shards) and "2 of the 2 files" in message
+
+
+def test_a_shard_of_an_impossible_name_is_missing(tmp_path):
+    index = write_sharded(tmp_path)
+    edited(index, lambda content: content["weight_map"].update(steps="x" * 300))
+    assert "are missing" in refusal(index)
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/../../b", "..\\b", "", "c:\\x"])
