@@ -14,11 +14,17 @@ from tests.models.vits import refusal, tiny
 
 
 def randomised(model):
-    """Return a foreign model with weights far from any initial value, in evaluation mode."""
+    """Return a foreign model with weights far from any initial value, in evaluation mode.
+
+    It may be built on the meta device, which spares the library's own, slow initial values.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            std = parameter[0].numel() ** -0.5 if parameter.ndim in (2, 4) else 0.5
+            parameter.uniform_(-(3**0.5) * std, 3**0.5 * std, generator=generator)
     return model.eval()
 
 
@@ -144,11 +150,9 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_shapes_give_timm_features_without_a_word_of_config(name):
-    theirs = VisionTransformer(img_size=224, num_classes=0, depth=2, **PUBLISHED[name]).eval()
-    with torch.no_grad():
-        for parameter in (p for n, p in theirs.named_parameters() if "gamma" in n or "token" in n):
-            parameter.normal_(std=0.5)  # LayerScale starts at 1e-5, which would hide the blocks
-    state = theirs.state_dict()
+    with torch.device("meta"):
+        theirs = VisionTransformer(img_size=224, num_classes=0, depth=2, **PUBLISHED[name])
+    state = randomised(theirs).state_dict()
     ours = build_from_weights(state)
     assert ours.register_tokens is None or ours.num_register_tokens == PUBLISHED[name]["reg_tokens"]
     x = torch.randn(1, 3, 224, 224)
@@ -158,21 +162,16 @@ def test_published_shapes_give_timm_features_without_a_word_of_config(name):
 
 def test_all_of_uni_gives_timm_features():
     # MahmoodLab/UNI: timm.create_model("vit_large_patch16_224", init_values=1e-5, dynamic_img_size=True)
-    theirs = timm.create_model(
-        "vit_large_patch16_224", init_values=1e-5, num_classes=0, dynamic_img_size=True
-    )
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "gamma" in name:
-                parameter.normal_(std=0.3)
-    weights = open_weights(theirs.state_dict())
+    with torch.device("meta"):
+        theirs = timm.create_model(
+            "vit_large_patch16_224", init_values=1e-5, num_classes=0, dynamic_img_size=True
+        )
+    weights = open_weights(randomised(theirs).state_dict())
     assert (weights.layout, weights.looks_like) == ("timm", "UNI")
     assert weights.normalisation == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     ours, x = build_from_weights(theirs.state_dict()), torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
-        torch.testing.assert_close(
-            all_tokens(ours, x), theirs.eval().forward_features(x), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(all_tokens(ours, x), theirs.forward_features(x), rtol=1e-4, atol=1e-4)
 
 
 def test_masks_change_what_a_student_with_uni_weights_sees():
