@@ -11,6 +11,7 @@ from torch.backends import cudnn
 from dinov2.errors import ConfigError
 from dinov2.models import build_model_from_cfg
 from dinov2.models.auto import AUTO, settle_architecture
+from dinov2.models.companions import same_constants
 from dinov2.models.pretrained import BackboneWeights, load_backbone, open_weights
 from dinov2.utils.config import setup
 from dinov2.utils.device import resolve_device
@@ -79,12 +80,16 @@ def build_model_for_eval(config: Any, pretrained_weights: str | None) -> nn.Modu
 def _compare_normalisation(config: Any, weights: BackboneWeights) -> None:
     """Warn if the images will be normalised otherwise than those that the weights were trained with."""
     given = tuple(config.crops.mean), tuple(config.crops.std)
-    if weights.normalisation not in (None, given):
+    if weights.normalisation and not same_constants(weights.normalisation, given):
         mean, std = weights.normalisation
         logger.warning(
-            "%s was trained on images normalised with mean %s and std %s, but crops.mean is %s and "
+            "%s %s on images normalised with mean %s and std %s, but crops.mean is %s and "
             "crops.std %s: set them to the former",
-            *(weights.source, list(mean), list(std), *map(list, given)),
+            weights.source,
+            "was trained"
+            if weights.normalisation_origin == "stated"
+            else f"looks like {weights.looks_like}, trained",
+            *(list(mean), list(std), *map(list, given)),
         )
 
 

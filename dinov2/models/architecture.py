@@ -26,7 +26,7 @@ CONFIG_KEYS = {
 }
 # Attention heads leave no trace in the weights. These are those of every published ViT of the width, among
 # them ViT-H (Virchow), whose heads are 80 wide.
-USUAL_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
+USUAL_HEADS = {width: heads for width, _, heads in SIZES.values()} | {1280: 16}
 USUAL_MLP_RATIO = 4
 INITIAL_LAYER_SCALE = 1e-5  # only says that there is LayerScale: the values come from the weights
 

@@ -6,6 +6,8 @@ these, :data:`PUBLISHED` knows shapes and constants.
 """
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,8 @@ IMAGENET: Constants = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 H_OPTIMUS: Constants = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 MAX_COMPANION_BYTES = 1 << 20
 RUN_CONFIG = "config.yaml"
-RUN_FOLDERS_UP = 3  # <run>/eval/training_<n>/teacher_checkpoint.pth
+EXPORTS = re.compile(r".*_checkpoint\.pth")  # below <run>/eval/<name>/
+RUN_STATES = re.compile(r"model_\w+\.rank_\d+\.pth")  # in <run>/
 
 
 @dataclass(frozen=True)
@@ -43,36 +46,39 @@ class Companion:
 
 
 def read_companion(path: Path) -> Companion:
-    """Read what stands beside the weight file ``path``.
+    """Read what stands beside the weight file ``path``; where two files say something, the nearer counts.
 
     Raises:
         WeightsError: a companion is damaged, or says that the network is one that this ViT cannot be.
     """
+    readers = {
+        _run_config(path): _from_run,
+        path.parent / "preprocessor_config.json": _preprocessor_config,
+        path.parent / "config.json": _model_config,
+    }
     found: dict[str, Any] = {}
     origin = []
-    readers = {"config.json": _model_config, "preprocessor_config.json": _preprocessor_config}
-    for name, read in readers.items():
-        beside = path.parent / name
-        if beside.is_file():
-            found |= {key: value for key, value in read(_json(beside), beside).items() if value is not None}
+    for beside, read in readers.items():
+        if beside is not None and beside.is_file():
+            content = _content(beside)
+            found |= {key: value for key, value in read(content, beside).items() if value is not None}
             origin.append(str(beside))
-    run = _run_config(path)
-    if run is not None:
-        found |= {key: value for key, value in _from_run(run).items() if value is not None}
-        origin.append(str(run))
     return Companion(**found, origin=tuple(origin))
 
 
-def _json(path: Path) -> Mapping[str, Any]:
+def _content(path: Path) -> Mapping[str, Any]:
+    """Return what a JSON or YAML file holds, an empty mapping for anything but a mapping."""
+    parse = yaml.safe_load if path.suffix == ".yaml" else json.loads
     try:
         if path.stat().st_size > MAX_COMPANION_BYTES:
             raise ValueError("it is larger than any model config")
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        content = parse(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).partition("\n")[0]
         raise WeightsError(
-            f'"{path}" beside the weights cannot be read ({error}): repair or remove it.'
+            f'"{path}" beside the weights cannot be read ({reason}): repair or remove it.'
         ) from error
-    return content if isinstance(content, Mapping) else {}
+    return _mapping(content)
 
 
 def _model_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -83,12 +89,12 @@ def _model_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
             f'"{path}" says that the network uses the activation "{activation}": this vision transformer has '
             "GELU, so these weights would not compute what they were trained for."
         )
-    arguments = config.get("model_args") or {}
-    pretrained = config.get("pretrained_cfg") or {}
+    arguments, pretrained = _mapping(config.get("model_args")), _mapping(config.get("pretrained_cfg"))
+    eps = config.get("layer_norm_eps")
     return {
         "num_heads": _integer(config.get("num_attention_heads", arguments.get("num_heads"))),
         "normalisation": _constants(pretrained.get("mean"), pretrained.get("std")),
-        "layer_norm_eps": config.get("layer_norm_eps"),
+        "layer_norm_eps": float(eps) if _is_number(eps) else None,
     }
 
 
@@ -97,37 +103,47 @@ def _preprocessor_config(config: Mapping[str, Any], path: Path) -> dict[str, Any
 
 
 def _run_config(path: Path) -> Path | None:
-    """Return the config of the training run whose output folder holds the file."""
-    for folder in list(path.absolute().parents)[:RUN_FOLDERS_UP]:
-        if (folder / RUN_CONFIG).is_file():
-            return folder / RUN_CONFIG
+    """Return where the run that wrote the file has its config; None for names that no run gives."""
+    folder = path.absolute().parent
+    if RUN_STATES.fullmatch(path.name):
+        return folder / RUN_CONFIG
+    if EXPORTS.fullmatch(path.name) and folder.parent.name == "eval":
+        return folder.parent.parent / RUN_CONFIG
     return None
 
 
-def _from_run(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}  # somebody else's config.yaml
-    if not (isinstance(config, Mapping) and isinstance(config.get("student"), Mapping)):
-        return {}
-    crops = config.get("crops") or {}
+def _from_run(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    crops = _mapping(config.get("crops"))
     return {
-        "num_heads": _integer(config["student"].get("num_heads")),
+        "num_heads": _integer(_mapping(config.get("student")).get("num_heads")),
         "normalisation": _constants(crops.get("mean"), crops.get("std")),
     }
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _integer(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _constants(mean: Any, std: Any) -> Constants | None:
-    try:
-        constants = tuple(map(float, mean)), tuple(map(float, std))
-    except (TypeError, ValueError):
+    lists = [value for value in (mean, std) if isinstance(value, (list, tuple)) and len(value) == 3]
+    if len(lists) < 2 or not all(_is_number(number) for numbers in lists for number in numbers):
         return None
-    return constants if len(constants[0]) == len(constants[1]) == 3 else None
+    means, deviations = (tuple(map(float, numbers)) for numbers in lists)
+    return means, deviations
+
+
+def same_constants(one: Constants, other: Constants) -> bool:
+    """Whether two normalisations are the same, apart from rounding to float32 on the way."""
+    pairs = zip((*one[0], *one[1]), (*other[0], *other[1]), strict=True)
+    return all(math.isclose(mine, theirs, rel_tol=1e-4, abs_tol=1e-6) for mine, theirs in pairs)
 
 
 @dataclass(frozen=True)
@@ -139,12 +155,14 @@ class Published:
         shape: Width, blocks, patch size, registers and stored patches; the latter None for any.
         feed_forward: Kind of feed-forward.
         normalisation: Its constants where its authors state them; None where we do not know them.
+        layer_scale: Whether it has LayerScale.
     """
 
     name: str
     shape: tuple[int, int, int, int, int | None]
     feed_forward: str
     normalisation: Constants | None
+    layer_scale: bool = True
 
 
 PUBLISHED = (
@@ -162,7 +180,7 @@ PUBLISHED = (
     Published("Virchow2", (1280, 32, 14, 4, 256), "swiglufused", None),
     Published("H-optimus", (1536, 40, 14, 4, 256), "swiglufused", H_OPTIMUS),
     Published("Prov-GigaPath", (1536, 40, 16, 0, 196), "swiglufused", IMAGENET),
-    Published("Phikon", (768, 12, 16, 0, 196), "mlp", None),
+    Published("Phikon", (768, 12, 16, 0, 196), "mlp", None, layer_scale=False),
 )
 
 
@@ -184,7 +202,9 @@ def published_like(architecture: Architecture, patches: int) -> Published | None
         (
             model
             for model in PUBLISHED
-            if model.shape == shape and model.feed_forward == architecture.feed_forward
+            if model.shape == shape
+            and model.feed_forward == architecture.feed_forward
+            and model.layer_scale == architecture.layer_scale
         ),
         None,
     )

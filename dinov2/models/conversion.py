@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2.errors import WeightsError
+from dinov2.models.report import first_names
 from dinov2.models.stored import StoredTensor, concatenated, derived
 
 State = dict[str, StoredTensor]
@@ -71,9 +72,20 @@ def to_flat_names(state: State) -> State:
 
     Returns:
         The converted weights; each says from which names of the file it is made, and how.
+
+    Raises:
+        WeightsError: two tensors become the same parameter.
     """
+    original = {name for stored in state.values() for name in stored.names}
     for convert in CONVERSIONS:
         state = convert(state)
+    lost = original - {name for stored in state.values() for name in stored.names}
+    if lost:
+        raise WeightsError(
+            f"{len(lost)} tensors become the same parameters as others when their names are converted "
+            f"({first_names(sorted(lost))}): the file mixes two layouts, or numbers its blocks anew in every "
+            "chunk; keep one layout, with blocks numbered through."
+        )
     return state
 
 

@@ -58,13 +58,20 @@ def choose_network(content: Mapping[str, Any], entry: str | None, source: str) -
     """
     network: Mapping[str, Any] = content
     for _ in range(MAX_DEPTH):  # a training checkpoint has {"model": {"teacher.backbone...": tensor}}
-        if not any(isinstance(value, StoredTensor) for value in network.values()):
+        if _is_wrapped(network, entry):
             network = _enter(network, entry, source)
     chosen = _part(network, entry, source)
     state, unused = strip_wrappers(chosen, source)
     taken = {id(value) for value in chosen.values()}
     others = {path: OTHER_ENTRY for path, leaf in leaves(content) if id(leaf) not in taken}
     return Network(state, unused | others)
+
+
+def _is_wrapped(content: Mapping[str, Any], entry: str | None) -> bool:
+    """Whether the weights lie one level down, perhaps beside single tensors such as a step."""
+    names = (entry, *NETWORKS, *CONTAINERS)
+    tensors = any(isinstance(value, StoredTensor) for value in content.values())
+    return not tensors or any(isinstance(content.get(name), Mapping) for name in names if name)
 
 
 def _enter(content: Mapping[str, Any], entry: str | None, source: str) -> Mapping[str, Any]:

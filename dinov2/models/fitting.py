@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from dinov2.errors import WeightsError
+from dinov2.errors import WeightsError, nearest
 from dinov2.layers.patch_embed import resample_patch_embedding
 from dinov2.layers.pos_embed import crop_positions, resample_positions
 from dinov2.models.conversion import State, is_square
@@ -21,6 +21,22 @@ def fit_patch_embedding(state: State, own: Mapping[str, Tensor]) -> dict[str, st
     how = f"{stored.shape[-2]}x{stored.shape[-1]} -> {wanted[-2]}x{wanted[-1]} px by the pseudo-inverse"
     state[name] = derived([stored], wanted, lambda weight: resample_patch_embedding(weight, wanted[-2:]), how)
     return {name: how}
+
+
+POSITION_METHODS = ("interpolate", "center_crop")
+PATCH_METHODS = ("none", "pseudo_inverse")
+
+
+def check_methods(pos_embed: str, patch_embed: str) -> None:
+    """Raise :class:`WeightsError` unless both words name a way of fitting."""
+    for name, word, accepted in (
+        ("pos_embed", pos_embed, POSITION_METHODS),
+        ("patch_embed", patch_embed, PATCH_METHODS),
+    ):
+        if word not in accepted:
+            raise WeightsError(
+                f'{name}="{word}" is unknown{nearest(word, accepted)}: use {" or ".join(accepted)}.'
+            )
 
 
 def fit_positions(source: str, state: State, model: nn.Module, method: str) -> dict[str, str]:

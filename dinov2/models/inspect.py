@@ -14,7 +14,6 @@ from typing import Any
 
 from dinov2 import cli
 from dinov2.errors import WeightsError
-from dinov2.models.conversion import is_square
 from dinov2.models.entries import leaves
 from dinov2.models.head_weights import find_head, head_sizes
 from dinov2.models.integrity import sha256_of
@@ -98,9 +97,8 @@ def _entries(content: Mapping[str, Any]) -> str:
 def _backbone_facts(weights: BackboneWeights) -> dict[str, str]:
     patches, patch_size = weights.patches or 0, weights.architecture.patch_size or 0
     grid = f"{patches} patches, no square"
-    if is_square(patches):
-        side = round(patches**0.5)
-        grid = f"{side} x {side} patches, for images of {side * patch_size} px"
+    if weights.grid:
+        grid = f"{weights.grid} x {weights.grid} patches, for images of {weights.grid * patch_size} px"
     heads = weights.companion.num_heads
     facts = {
         "layout": weights.layout,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dinov2.errors import WeightsError
 from dinov2.models import build_model
 from dinov2.models.architecture import USUAL_HEADS, Architecture
-from dinov2.models.companions import Companion, published_like, read_companion
+from dinov2.models.companions import Companion, Constants, published_like, read_companion
 from dinov2.models.conversion import (
     State,
     flat_name,
@@ -30,7 +30,7 @@ from dinov2.models.conversion import (
     to_flat_names,
 )
 from dinov2.models.entries import choose_network, leaves
-from dinov2.models.fitting import fit_patch_embedding, fit_positions
+from dinov2.models.fitting import check_methods, fit_patch_embedding, fit_positions
 from dinov2.models.head_weights import load_head
 from dinov2.models.integrity import sha256_of
 from dinov2.models.report import LoadReport, first_names
@@ -96,6 +96,11 @@ class BackboneWeights:
         return positions.shape[1] - 1 if positions is not None and positions.ndim == 3 else None
 
     @property
+    def grid(self) -> int | None:
+        """Rows, and columns, of the square grid of these patches; None if they form no square."""
+        return math.isqrt(self.patches) if is_square(self.patches or 0) else None
+
+    @property
     def usual_heads(self) -> int | None:
         """Attention heads that models of this width have; None for a width that none has."""
         return USUAL_HEADS.get(self.architecture.width)
@@ -107,10 +112,17 @@ class BackboneWeights:
         return published.name if published else ""
 
     @property
-    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    def normalisation(self) -> Constants | None:
         """Channel means and standard deviations of the images it was trained with, where they are known."""
         published = published_like(self.architecture, self.patches or 0)
         return self.companion.normalisation or (published.normalisation if published else None)
+
+    @property
+    def normalisation_origin(self) -> str:
+        """How they are known: ``stated`` beside the weights, guessed from the ``sizes``, or not at all."""
+        if self.companion.normalisation:
+            return "stated"
+        return "sizes" if self.normalisation else ""
 
 
 def open_weights(source: str | Mapping[str, Any], entry: str | None = None) -> BackboneWeights:
@@ -190,6 +202,7 @@ def load_backbone(
     Raises:
         WeightsError: The weights cannot be read, are damaged, contain NaN or infinity, or do not fit.
     """
+    check_methods(pos_embed, patch_embed)
     given = source_or_state
     weights = given if isinstance(given, BackboneWeights) else open_weights(given, entry)
     own = {flat_name(name): tensor for name, tensor in model.state_dict().items()}
@@ -197,8 +210,10 @@ def load_backbone(
     _check_architecture(
         weights, model, own, ignore=("patch_size",) if patch_embed == "pseudo_inverse" else ()
     )
-    resampled = fit_patch_embedding(state, own) | fit_positions(weights.source, state, model, pos_embed)
+    resampled = fit_patch_embedding(state, own) if patch_embed == "pseudo_inverse" else {}
+    resampled |= fit_positions(weights.source, state, model, pos_embed)
     missing = _check_tensors(weights.source, state, own, set(allow_missing))
+    _check_memory(weights.source, missing, own)
     check_values(weights.source, state, weights.tensors, weights.metadata)
 
     model_names = {flat_name(name): name for name in model.state_dict()}
@@ -216,7 +231,7 @@ def load_pretrained_weights(
 
 
 def build_from_weights(
-    source: str | Mapping[str, Any],
+    source: str | Mapping[str, Any] | BackboneWeights,
     *,
     entry: str | None = None,
     img_size: int | None = None,
@@ -225,7 +240,7 @@ def build_from_weights(
     """Build the backbone that the weights belong to, and load them.
 
     Args:
-        source: See :func:`open_weights`.
+        source: What :func:`open_weights` takes or returns.
         entry: See :func:`open_weights`.
         img_size: Pixels that the positions are resampled to; by default they stay as they are stored.
         options: Values of the ``student`` config section in place of those read off the weights, such as
@@ -238,7 +253,7 @@ def build_from_weights(
     Raises:
         WeightsError: See :func:`load_backbone`; or the weights do not tell enough.
     """
-    weights = open_weights(source, entry)
+    weights = source if isinstance(source, BackboneWeights) else open_weights(source, entry)
     architecture = weights.architecture
     if "num_heads" in options:
         architecture = architecture.with_heads(options["num_heads"])
@@ -252,13 +267,11 @@ def build_from_weights(
         "interpolate_antialias": exact,
     }
     args = SimpleNamespace(**{**defaults, **values, **options})
-    if img_size is None:
-        if not is_square(weights.patches or 0):
-            raise WeightsError(
-                f"The weights in {weights.source} have no positions for a square grid of patches: "
-                "state img_size."
-            )
-        img_size = math.isqrt(weights.patches) * architecture.patch_size
+    if img_size is None and weights.grid is None:
+        raise WeightsError(
+            f"The weights in {weights.source} have no positions for a square grid of patches: state img_size."
+        )
+    img_size = img_size or weights.grid * architecture.patch_size
     with torch.device("meta"):
         model, _ = build_model(args, only_teacher=True, img_size=img_size)
     load_backbone(model, weights)
@@ -309,6 +322,16 @@ def _check_tensors(
     return missing
 
 
+def _check_memory(source: str, missing: list[str], own: Mapping[str, Tensor]) -> None:
+    """Raise if a parameter has no value anywhere; a mask token may start at zero."""
+    empty = [name for name in missing if own[name].is_meta and name != "mask_token"]
+    if empty:
+        raise WeightsError(
+            f"The weights in {source} lack {first_names(empty)}, and the model on the meta device has no "
+            "values to keep: build the model in memory."
+        )
+
+
 @torch.no_grad()
 def _fill(model: nn.Module, state: Mapping[str, StoredTensor]) -> None:
     """Write stored tensors into a model by its own names; give memory to what lies on the meta device."""
@@ -355,6 +378,8 @@ def _report(
         unused=weights.unused,
         share=loaded_numbers / sum(value.numel() for value in values.values()),
         normalisation=weights.normalisation,
+        normalisation_origin=weights.normalisation_origin,
+        looks_like=weights.looks_like,
         notes=notes,
     )
 

@@ -29,7 +29,10 @@ class LoadReport:
         used: Entries of the file -> the parameters of the model that they went into.
         unused: Entries of the file that are no part of a backbone -> what they are.
         share: Share of the model's parameters (numbers, not tensors) that came from the file, 0..1.
-        normalisation: Channel means and standard deviations that the source states.
+        normalisation: Channel means and standard deviations that the source was trained with.
+        normalisation_origin: How these are known: ``stated`` beside the weights, or guessed by the ``sizes``
+            of a published model.
+        looks_like: Name of the published model with the same sizes, if there is one.
         notes: Further facts that a reader should know.
     """
 
@@ -46,6 +49,8 @@ class LoadReport:
     unused: dict[str, str] = field(default_factory=dict)
     share: float = 1.0
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    normalisation_origin: str = ""
+    looks_like: str = ""
     notes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:

@@ -50,13 +50,44 @@ def test_transformers_configs(tmp_path):
 def test_the_config_of_the_run_that_wrote_it(tmp_path):
     cfg = {"student": {"arch": "vit_tiny", "num_heads": 4}, "crops": {"mean": [0.7] * 3, "std": [0.2] * 3}}
     beside(tmp_path, "config.yaml", OmegaConf.to_yaml(OmegaConf.create(cfg)))
-    companion = read_companion(tmp_path / "eval" / "training_9" / "teacher_checkpoint.pth")
-    assert companion.num_heads == 4 and companion.normalisation == ((0.7,) * 3, (0.2,) * 3)
+    for written_by_the_run in ("eval/training_9/teacher_checkpoint.pth", "model_0000009.rank_0.pth"):
+        companion = read_companion(tmp_path / written_by_the_run)
+        assert companion.num_heads == 4 and companion.normalisation == ((0.7,) * 3, (0.2,) * 3)
     beside(tmp_path, "config.yaml", "somebody: else's\n")
-    assert read_companion(tmp_path / "weights.pth").num_heads is None
+    assert read_companion(tmp_path / "model_final.rank_0.pth").num_heads is None
 
 
-@pytest.mark.parametrize("content", ["{", "[1", "\x00"])
+def test_a_run_that_starts_from_a_file_does_not_speak_for_it(tmp_path):
+    """Its config.yaml may lie in a folder above the weights, which have a config of their own."""
+    cfg = {"student": {"num_heads": 6}, "crops": {"mean": [0.7] * 3, "std": [0.2] * 3}}
+    beside(tmp_path, "config.yaml", OmegaConf.to_yaml(OmegaConf.create(cfg)))
+    folder = tmp_path / "weights" / "optimus"
+    for name in ("pytorch_model.bin", "teacher_checkpoint.pth"):
+        beside(folder, "config.json", {"model_args": {"num_heads": 3}})
+        companion = read_companion(folder / name)
+        assert (companion.num_heads, companion.normalisation) == (3, None)
+    export = tmp_path / "eval" / "training_9"
+    beside(export, "config.json", {"num_attention_heads": 3})
+    companion = read_companion(export / "teacher_checkpoint.pth")  # the nearer file counts, key by key
+    assert (companion.num_heads, companion.normalisation) == (3, ((0.7,) * 3, (0.2,) * 3))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model_args": [1], "pretrained_cfg": "x", "num_attention_heads": True, "layer_norm_eps": "1e-6"},
+        {"pretrained_cfg": {"mean": "123", "std": [1, 1, 1]}},
+        {"pretrained_cfg": {"mean": [0.5, 0.5, float("nan")], "std": [1, 1, 1]}},
+        {"pretrained_cfg": {"mean": [0.5, 0.5], "std": [1, 1]}},
+        [1, 2],
+    ],
+)
+def test_values_of_another_kind_say_nothing(tmp_path, content):
+    companion = read_companion(beside(tmp_path, "config.json", content))
+    assert (companion.num_heads, companion.normalisation, companion.layer_norm_eps) == (None, None, None)
+
+
+@pytest.mark.parametrize("content", ["{", "[1", "\x00", "[" * 100_000])
 def test_a_damaged_companion_is_named(tmp_path, content):
     with pytest.raises(WeightsError, match="config.json"):
         read_companion(beside(tmp_path, "config.json", content))
@@ -97,6 +128,7 @@ def test_published_models_are_told_by_their_sizes(name, sizes, normalisation):
     shape = Architecture(width, depth, patch, registers, ffn, 4 * width, True, True, True, True)
     found = published_like(shape, patches)
     assert (found and found.name) == name
+    assert published_like(shape.without("layer_scale"), patches) is None  # timm's own ViTs have none
     assert found is None or found.normalisation == normalisation
 
 

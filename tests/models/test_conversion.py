@@ -125,6 +125,21 @@ def test_transformers_with_registers_gives_its_features(swiglu, tmp_path):
             assert torch.allclose(all_tokens(ours, x), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("own", "others"),
+    [
+        ("mask_token", "masked_embed"),
+        ("register_tokens", "reg_token"),
+        ("blocks.0.norm1.bias", "blocks.1.0.norm1.bias"),
+    ],
+)
+def test_two_tensors_do_not_become_one(own, others):
+    """Chunks that number their blocks anew, or a file that mixes layouts, would lose tensors."""
+    state = dict(tiny(num_register_tokens=2).state_dict())
+    state[others] = state[own]
+    assert "become the same parameters as others" in refusal(tiny(num_register_tokens=2), state)
+
+
 def test_an_incomplete_attention_is_not_joined():
     state = {"embeddings.cls_token": torch.zeros(1, 1, 4)}
     state |= {

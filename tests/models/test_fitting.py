@@ -25,6 +25,17 @@ def test_no_middle_is_larger_than_the_whole():
     assert "laid out for 4x4 patches, of which no 8x8 can be cut" in message
 
 
+@pytest.mark.parametrize("option", [{"pos_embed": "centre_crop"}, {"patch_embed": "pinv"}])
+def test_unknown_ways_of_fitting_are_refused(option):
+    assert "is unknown" in refusal(tiny(), tiny().state_dict(), **option)
+
+
+def test_a_patch_that_is_no_square_is_not_fitted_by_itself():
+    state = dict(tiny().state_dict())
+    state["patch_embed.proj.weight"] = torch.zeros(24, 3, 9, 7)
+    assert "patch_embed.proj.weight (24, 3, 9, 7) instead of (24, 3, 7, 7)" in refusal(tiny(), state)
+
+
 @pytest.mark.parametrize(("stored", "wanted"), [(16, 14), (14, 16)])
 def test_a_patch_embedding_is_resampled_only_when_asked_for(stored, wanted):
     source = tiny(img_size=4 * stored, patch_size=stored)

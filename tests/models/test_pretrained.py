@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from dinov2.errors import WeightsError
 from dinov2.layers import DINOHead
 from dinov2.models.pretrained import load_backbone, load_pretrained_weights, read_state_dict
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -89,6 +90,23 @@ def test_the_entry_asked_for_is_taken_and_the_teacher_otherwise():
     bare = tiny(seed=1)
     load_backbone(bare, teacher.state_dict(), entry="student")  # nothing to choose from
     assert holds(bare, teacher.state_dict())
+
+
+def test_a_tensor_beside_the_entries_hides_none_of_them():
+    model = tiny()
+    for content in ({"teacher": named("backbone.", model), "step": torch.tensor(3)},
+                    {"model": model.state_dict(), "rng": torch.zeros(4)}):  # fmt: skip
+        report = load_backbone(tiny(), content)
+        assert report.share == 1.0 and list(report.unused.values()) == ["tensor of another entry"]
+
+
+def test_what_has_no_values_anywhere_is_refused():
+    state = {name: tensor for name, tensor in tiny().state_dict().items() if name != "norm.weight"}
+    sizes = {"img_size": 28, "patch_size": 7, "embed_dim": 24, "depth": 4, "num_heads": 2}
+    with torch.device("meta"):
+        empty = DinoVisionTransformer(**sizes, init_values=0.1, block_chunks=0)
+    with pytest.raises(WeightsError, match=r"lack norm\.weight, and the model on the meta device"):
+        load_backbone(empty, state, allow_missing=("norm.weight",))
 
 
 def test_prefixes_come_off_the_start_of_a_name_only():

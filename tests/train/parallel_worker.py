@@ -62,7 +62,7 @@ def main(config_file: str, output: str) -> None:
     model.prepare_for_distributed_training()
     model.train()
     optimizer = build_optimizer(cfg, model.get_params_groups())
-    schedules, start = build_schedulers(cfg), BackboneStart(cfg, model.student["backbone"])
+    schedules, start = build_schedulers(cfg), BackboneStart(model.cfg, model.student["backbone"])
     results = [
         train_step(
             model,

@@ -72,7 +72,7 @@ def test_two_processes_equal_one(centering, separate_head, tmp_path):
     assert abs(moved[0] - moved[1]) > 1e-2, "nothing was learned, so nothing was compared"
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4], ids=["whole", "lora"])
+@pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=pytest.mark.slow)], ids=["whole", "lora"])
 def test_two_processes_equal_one_when_the_backbone_joins_later(lora_rank, tmp_path):
     cfg = OmegaConf.merge(dinov2_default_config, five_steps())
     cfg.train.freeze_backbone_iterations = 2
