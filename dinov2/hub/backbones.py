@@ -10,10 +10,8 @@ from dinov2.hub.utils import release_url
 from dinov2.models import ARCHITECTURES
 from dinov2.models.conversion import is_square
 from dinov2.models.pretrained import load_backbone, open_weights
+from dinov2.models.releases import NUM_REGISTER_TOKENS, PATCH_SIZE
 from dinov2.models.vision_transformer import DinoVisionTransformer
-
-PATCH_SIZE = 14
-NUM_REGISTER_TOKENS = 4  # of the variants that have them
 
 
 class Weights(Enum):

@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     _check_size(args.img_size, weights.architecture.patch_size)
     normalisation, origin = _normalisation(args, weights)
     options = {name: value for name in MODEL_OPTIONS if (value := getattr(args, name)) is not None}
-    model = build_from_weights(args.checkpoint, entry=args.entry, img_size=args.img_size, **options)
+    model = build_from_weights(weights, img_size=args.img_size, **options)
     model = model.to(DTYPES[args.dtype])
     files, notes = export(model, args.to, args.output, normalisation=normalisation, force=args.force)
     for file in files:

@@ -12,24 +12,18 @@ from torch import Tensor
 
 from dinov2.errors import WeightsError
 from dinov2.hub.export_layout import Layout, Normalisation, flat_weights, hidden_width, is_swiglu, with_biases
+from dinov2.models.conversion import JOINED, TRANSFORMERS_BLOCK, TRANSFORMERS_ROOT, replace_start
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
-ROOT = {
-    "cls_token": "embeddings.cls_token",
-    "mask_token": "embeddings.mask_token",
-    "register_tokens": "embeddings.register_tokens",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
-    "norm.": "layernorm.",
-}
+ROOT = {ours: theirs for theirs, ours in TRANSFORMERS_ROOT.items()}
+# Of several names for one parameter the first is that of the published models. Norms and plain feed-forwards
+# have the same names in Dinov2Model as here; the others are those of ViTModel.
 BLOCK = {
-    "attn.proj.": "attention.output.dense.",
-    "ls1.gamma": "layer_scale1.lambda1",
-    "ls2.gamma": "layer_scale2.lambda1",
-    "mlp.w12.": "mlp.weights_in.",
-    "mlp.w3.": "mlp.weights_out.",
+    ours: theirs
+    for theirs, ours in reversed(TRANSFORMERS_BLOCK.items())
+    if not ours.startswith(("norm", "mlp.fc"))
 }
-ATTENTION = ("query", "key", "value")
+QKV = "attn.qkv."
 RATIOS = range(1, 17)
 
 
@@ -61,22 +55,14 @@ def transformers_layout(model: DinoVisionTransformer, normalisation: Normalisati
 def _renamed(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     block = re.match(r"blocks\.(\d+)\.(.*)", name)
     if block is None:
-        yield _replace_start(name, ROOT), tensor
+        yield replace_start(name, ROOT), tensor
         return
     start, rest = f"encoder.layer.{block[1]}.", block[2]
-    if rest.startswith("attn.qkv."):
-        kind = rest.removeprefix("attn.qkv.")
-        for part, rows in zip(ATTENTION, tensor.chunk(len(ATTENTION)), strict=True):
-            yield f"{start}attention.attention.{part}.{kind}", rows
+    if rest.startswith(QKV):
+        for part, rows in zip(JOINED[QKV], tensor.chunk(len(JOINED[QKV])), strict=True):
+            yield start + BLOCK[part] + rest.removeprefix(QKV), rows
     else:
-        yield start + _replace_start(rest, BLOCK), tensor
-
-
-def _replace_start(name: str, replacements: dict[str, str]) -> str:
-    for old, new in replacements.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
+        yield start + replace_start(rest, BLOCK), tensor
 
 
 def _config(model: DinoVisionTransformer, state: dict[str, Tensor]) -> dict[str, Any]:

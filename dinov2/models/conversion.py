@@ -21,7 +21,7 @@ State = dict[str, StoredTensor]
 
 # Parameter names of transformers' Dinov2Model and ViTModel, those of its versions 4 and 5 (the latter end in
 # `_proj`). Longer names come before their own endings.
-_TRANSFORMERS_ROOT = {
+TRANSFORMERS_ROOT = {
     "embeddings.cls_token": "cls_token",
     "embeddings.mask_token": "mask_token",
     "embeddings.register_tokens": "register_tokens",
@@ -29,7 +29,7 @@ _TRANSFORMERS_ROOT = {
     "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
     "layernorm.": "norm.",
 }
-_TRANSFORMERS_BLOCK = {
+TRANSFORMERS_BLOCK = {
     "attention.attention.query.": "attn.q.",
     "attention.attention.key.": "attn.k.",
     "attention.attention.value.": "attn.v.",
@@ -51,7 +51,7 @@ _TRANSFORMERS_BLOCK = {
     "output.dense.": "mlp.fc2.",
 }
 # The order of the parts is that of the rows of the joined layer.
-_JOINED = {
+JOINED = {
     "attn.qkv.": ("attn.q.", "attn.k.", "attn.v."),
     "mlp.w12.": ("mlp.w1.", "mlp.w2."),
 }
@@ -137,14 +137,15 @@ def _from_transformers(state: State) -> State:
     for name, stored in state.items():
         block = re.match(r"(?:encoder\.layer|layers)\.(\d+)\.", name)
         if block:
-            new = f"blocks.{block[1]}." + _replace_start(name[block.end() :], _TRANSFORMERS_BLOCK)
+            new = f"blocks.{block[1]}." + replace_start(name[block.end() :], TRANSFORMERS_BLOCK)
         else:
-            new = _replace_start(name, _TRANSFORMERS_ROOT)
+            new = replace_start(name, TRANSFORMERS_ROOT)
         renamed[new] = stored.converted("renamed from transformers") if new != name else stored
     return renamed
 
 
-def _replace_start(name: str, replacements: Mapping[str, str]) -> str:
+def replace_start(name: str, replacements: Mapping[str, str]) -> str:
+    """Return ``name`` with the first of these starts that it has replaced."""
     for old, new in replacements.items():
         if name.startswith(old):
             return new + name[len(old) :]
@@ -160,7 +161,7 @@ def _flatten_chunks(state: State) -> State:
 
 def _join_projections(state: State) -> State:
     """Stack separate query, key and value layers, and the two input layers of a SwiGLU."""
-    for joined, parts in _JOINED.items():
+    for joined, parts in JOINED.items():
         for first in [name for name in state if f".{parts[0]}" in name]:
             names = [first.replace(parts[0], part) for part in parts]
             if all(name in state for name in names):

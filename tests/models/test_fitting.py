@@ -39,7 +39,7 @@ def test_a_patch_that_is_no_square_is_not_fitted_by_itself():
 @pytest.mark.parametrize(("stored", "wanted"), [(16, 14), (14, 16)])
 def test_a_patch_embedding_is_resampled_only_when_asked_for(stored, wanted):
     source = tiny(img_size=4 * stored, patch_size=stored)
-    model = tiny(img_size=4 * wanted, patch_size=wanted)
+    model = tiny(seed=1, img_size=4 * wanted, patch_size=wanted)
     assert f"patch size is {stored} in the weights and {wanted}" in refusal(model, source.state_dict())
     report = load_backbone(model, source.state_dict(), patch_embed="pseudo_inverse")
     how = f"{stored}x{stored} -> {wanted}x{wanted} px by the pseudo-inverse"
@@ -51,7 +51,7 @@ def test_a_patch_embedding_is_resampled_only_when_asked_for(stored, wanted):
 def test_larger_patches_of_a_larger_image_give_the_same_features():
     """14 to 16 px loses nothing: resizing the image patch by patch and the embedding cancel out."""
     source, x = tiny(img_size=56, patch_size=14), torch.randn(1, 3, 56, 56)
-    model = tiny(img_size=64, patch_size=16)
+    model = tiny(seed=1, img_size=64, patch_size=16)
     load_backbone(model, source.state_dict(), patch_embed="pseudo_inverse")
     patches = F.unfold(x, 14, stride=14).transpose(1, 2).reshape(-1, 3, 14, 14)
     larger = F.interpolate(patches, size=(16, 16), mode="bicubic", antialias=True)

@@ -16,7 +16,7 @@ from dinov2.models.pretrained import (
 )
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from tests.conftest import load_golden_json, load_golden_tensors
-from tests.models.vits import block_fn, named, refusal, tiny, written
+from tests.models.vits import block_fn, holds, named, refusal, tiny, written
 
 # --- what a file may be -------------------------------------------------------------------------------
 
@@ -44,13 +44,14 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
 
 
 def test_archives_without_checksums_are_taken(tmp_path):
-    model = tiny()
+    model, source = tiny(seed=1), tiny()
     torch.serialization.set_crc32_options(False)
     try:
-        path = written(tmp_path / "a.pth", model.state_dict())
+        path = written(tmp_path / "a.pth", source.state_dict())
     finally:
         torch.serialization.set_crc32_options(True)
     load_backbone(model, path)
+    assert holds(model, source.state_dict())
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {}, {"epoch": 3}, {"optimizer": {"lr": 1.0}}])
@@ -83,20 +84,26 @@ def test_the_entry_asked_for_is_taken_and_the_teacher_otherwise():
     separate = {"student": named("backbone.", student), "teacher": named("backbone.", teacher)}
     together = {"model": {**named("student.backbone.", student), **named("teacher.backbone.", teacher)}}
     for content in (separate, together):
-        assert "register_tokens" in load_backbone(student, content, entry="student").loaded
-        assert "register_tokens" not in load_backbone(teacher, content).loaded
+        registers, plain = tiny(seed=1, num_register_tokens=2), tiny(seed=1)
+        assert "register_tokens" in load_backbone(registers, content, entry="student").loaded
+        assert "register_tokens" not in load_backbone(plain, content).loaded
+        assert holds(registers, student.state_dict()) and holds(plain, teacher.state_dict())
         assert "register tokens is 0 in the weights and 2 in the model" in refusal(student, content)
     assert 'no entry "student", only teacher' in refusal(
-        teacher, {"teacher": teacher.state_dict()}, entry="student"
+        tiny(seed=1), {"teacher": teacher.state_dict()}, entry="student"
     )
-    load_backbone(teacher, teacher.state_dict(), entry="student")  # nothing to choose from
+    bare = tiny(seed=1)
+    load_backbone(bare, teacher.state_dict(), entry="student")  # nothing to choose from
+    assert holds(bare, teacher.state_dict())
 
 
 def test_a_tensor_beside_the_entries_hides_none_of_them():
-    model = tiny()
-    for content in ({"teacher": named("backbone.", model), "step": torch.tensor(3)},
-                    {"model": model.state_dict(), "rng": torch.zeros(4)}):  # fmt: skip
-        report = load_backbone(tiny(), content)
+    source = tiny()
+    for content in ({"teacher": named("backbone.", source), "step": torch.tensor(3)},
+                    {"model": source.state_dict(), "rng": torch.zeros(4)}):  # fmt: skip
+        model = tiny(seed=1)
+        report = load_backbone(model, content)
+        assert holds(model, source.state_dict())
         assert report.share == 1.0 and list(report.unused.values()) == ["tensor of another entry"]
 
 
@@ -121,8 +128,9 @@ def test_arguments_that_name_nothing_are_refused():
 
 
 def test_prefixes_come_off_the_start_of_a_name_only():
-    model = tiny()
-    load_backbone(model, named("module.backbone.", model))
+    model, source = tiny(seed=1), tiny()
+    load_backbone(model, named("module.backbone.", source))
+    assert holds(model, source.state_dict())
     odd = {**model.state_dict(), "blocks.0.backbone.norm1.weight": torch.zeros(24)}
     assert "blocks.0.backbone.norm1.weight" in refusal(model, odd)
     assert "twice" in refusal(model, {**model.state_dict(), "module.cls_token": torch.zeros(1, 1, 24)})
@@ -134,12 +142,13 @@ def test_head_files_and_shards_are_told_apart_from_backbones():
 
 
 def test_the_report_accounts_for_every_tensor(caplog):
-    model, source = tiny(block_chunks=2), tiny(img_size=56)
+    model, source = tiny(seed=1, block_chunks=2), tiny(img_size=56)
     content = {"teacher": {**named("backbone.", source), "dino_head.mlp.0.weight": torch.zeros(2)}}
     del content["teacher"]["backbone.mask_token"]
     with caplog.at_level(logging.INFO, logger="dinov2"):
         report = load_backbone(model, content)
     assert sorted(report.loaded + list(report.missing)) == sorted(model.state_dict())
+    assert torch.equal(model.norm.weight, source.norm.weight)
     assert report.missing == {"mask_token": "keeps its random initial values"}  # the fixture drew it
     assert report.unused == {"teacher.dino_head.mlp.0.weight": "projection head"}
     used = [name for names in report.used.values() for name in names]
@@ -156,10 +165,10 @@ def test_the_report_accounts_for_every_tensor(caplog):
 
 
 def test_the_historic_call_still_works(tmp_path):
-    model, source = tiny(), tiny()
+    model, source = tiny(seed=1), tiny()
     path = written(tmp_path / "a.pth", {"teacher": named("backbone.", source)})
     load_pretrained_weights(model, path, "teacher")
-    assert torch.equal(model.cls_token, source.cls_token)
+    assert holds(model, source.state_dict())
 
 
 # --- what does not fit --------------------------------------------------------------------------------
