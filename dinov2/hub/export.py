@@ -84,6 +84,11 @@ def _normalisation(args: argparse.Namespace, weights: BackboneWeights) -> tuple[
     if (args.mean is None) != (args.std is None):
         raise ConfigError("--mean and --std belong together: give both or none.")
     if args.mean is not None:
+        if not (all(0 <= value <= 1 for value in args.mean) and all(0 < value <= 1 for value in args.std)):
+            raise ConfigError(
+                f"--mean {args.mean} and --std {args.std} are no constants for channels of 0..1: the mean "
+                "lies between 0 and 1, the standard deviation above 0 and up to 1."
+            )
         return Normalisation(tuple(args.mean), tuple(args.std)), "as given"
     if weights.normalisation is None:
         return Normalisation(*IMAGENET), "ImageNet's, as nothing says otherwise"

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dinov2.errors import WeightsError
 from dinov2.hub.export_layout import Layout, Normalisation, flat_weights, hidden_width, is_swiglu, with_biases
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
@@ -20,6 +21,7 @@ ARCHITECTURES = {
 }
 OTHER_ARCHITECTURE = "vit_base_patch14_dinov2"
 SWIGLU_ARCHITECTURE = "vit_giant_patch14_dinov2"
+TIMM_NORM_EPS = 1e-6
 CROP_SHARE = 224 / 256  # evaluation resizes the shorter side to 256 and crops 224
 
 
@@ -32,6 +34,11 @@ def timm_layout(model: DinoVisionTransformer, normalisation: Normalisation) -> L
     """
     state = {name: tensor for name, tensor in flat_weights(model).items() if name != "mask_token"}
     notes = ["timm has no mask token, so that of the model is left out"]
+    if model.norm.eps != TIMM_NORM_EPS:
+        raise WeightsError(
+            f"These weights have norms with an epsilon of {model.norm.eps:g}, which timm's config.json cannot "
+            f"state (its own is {TIMM_NORM_EPS:g}): export to transformers, onnx or torch.export instead."
+        )
     # timm has one switch for the biases of the output projection and of the feed-forward.
     state, added = with_biases(state, only_if_some=True)
     if added:

@@ -93,6 +93,10 @@ def find_head(content: Mapping[str, Any], key: str, *, bare: bool = True) -> Hea
         tensors = content[key]
     elif isinstance(content.get(network), Mapping):
         tensors = _below(content[network], f"{kind}.")
+    elif isinstance(content.get("model"), Mapping):  # a run state holds both networks
+        both = content["model"]
+        own = {name: value for name, value in both.items() if str(name).startswith(f"{network}.")}
+        tensors = _below(own, f"{kind}.")
     else:
         tensors = content if bare else {}
     state = dict(_renamed(tensors))

@@ -6,19 +6,20 @@ checksum, and the config lines that start a run from it. Nothing in the file is 
 
 import argparse
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dinov2 import cli
 from dinov2.errors import WeightsError
-from dinov2.models.checkpoint_names import HEAD_KEYS
+from dinov2.models.checkpoint_names import HEAD_KEYS, NETWORKS, checkpoint_name
 from dinov2.models.entries import leaves
 from dinov2.models.head_weights import find_head, head_sizes
 from dinov2.models.integrity import sha256_of
-from dinov2.models.pretrained import BackboneWeights, open_weights
+from dinov2.models.pretrained import BackboneWeights, check_loadable, open_weights
 from dinov2.models.sources import locate
 from dinov2.models.stored import StoredTensor
 from dinov2.models.weight_files import OpenedFile, open_file
@@ -35,10 +36,12 @@ class Findings:
     Attributes:
         facts: What to show -> value, in the order of showing.
         config: Lines of YAML that start a run from the file.
+        refusal: Why the backbone cannot be loaded here; empty if it can.
     """
 
     facts: dict[str, str]
     config: list[str] = field(default_factory=list)
+    refusal: str = ""
 
 
 def inspect_weights(source: str, entry: str | None = None) -> Findings:
@@ -66,7 +69,24 @@ def inspect_weights(source: str, entry: str | None = None) -> Findings:
             raise
         return Findings({**_file_facts(path, opened), **_head_facts(heads)}, _head_config(heads, source))
     facts = {**_file_facts(path, opened), **_backbone_facts(weights), **_head_facts(heads)}
-    return Findings(facts, [*_backbone_config(weights, source), *_head_config(heads, source)])
+    try:
+        check_loadable(weights)
+    except WeightsError as error:
+        return Findings(facts, refusal=str(error))
+    config = [*_backbone_config(weights, source), *_head_config(heads, source), *_continuing(path, source)]
+    return Findings(facts, config)
+
+
+def _continuing(path: Path, source: str) -> list[str]:
+    """Return how to go on with the run that exported the folder ``source``, if one did."""
+    networks = [path.with_name(checkpoint_name(network)) for network in NETWORKS]
+    exported = re.fullmatch(r"training_(\d+)", path.parent.name)
+    if not (Path(source).is_dir() and exported and all(file.is_file() for file in networks)):
+        return []
+    return [
+        "# or, to continue the run that wrote this folder, instead of pretrained_weights:",
+        f"#   head.head_path={source} optim.start_iter={int(exported[1]) + 1}",
+    ]
 
 
 def _heads(content: Mapping[str, Any]) -> dict[str, dict[str, int]]:
@@ -206,9 +226,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     findings = inspect_weights(args.source, args.entry)
     if args.json:
-        cli.say(json.dumps({"facts": findings.facts, "config": findings.config}, indent=1))
+        cli.say(json.dumps(asdict(findings), indent=1))
     else:
         cli.say("\n".join(_text(findings)))
+    if findings.refusal:
+        raise WeightsError(findings.refusal)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ __all__ = [
     "BackboneWeights",
     "LoadReport",
     "build_from_weights",
+    "check_loadable",
     "load_backbone",
     "load_head",
     "load_pretrained_weights",
@@ -207,22 +208,47 @@ def load_backbone(
     check_methods(pos_embed, patch_embed)
     given = source_or_state
     weights = given if isinstance(given, BackboneWeights) else open_weights(given, entry)
-    own = {flat_name(name): tensor for name, tensor in model.state_dict().items()}
-    state = dict(weights.state)
-    _check_architecture(
-        weights, model, own, ignore=("patch_size",) if patch_embed == "pseudo_inverse" else ()
-    )
-    resampled = fit_patch_embedding(state, own) if patch_embed == "pseudo_inverse" else {}
-    resampled |= fit_positions(weights.source, state, model, pos_embed)
-    missing = _check_tensors(weights.source, state, own, set(allow_missing))
-    _check_memory(weights.source, missing, own)
-    check_values(weights.source, state, weights.tensors, weights.metadata)
-
+    fitted = _fit(model, weights, set(allow_missing), pos_embed, patch_embed)
     model_names = {flat_name(name): name for name in model.state_dict()}
-    _fill(model, {model_names[flat]: stored for flat, stored in state.items()})
-    report = _report(weights, state, model, missing, resampled)
+    _fill(model, {model_names[flat]: stored for flat, stored in fitted.state.items()})
+    report = _report(weights, fitted, model)
     logger.info("pretrained weights: %s", report.summary())
     return report
+
+
+def check_loadable(weights: BackboneWeights) -> None:
+    """Do everything that loading does before the first weight of a model changes, for a model that fits.
+
+    Raises:
+        WeightsError: :func:`build_from_weights` would refuse the weights.
+    """
+    heads = weights.architecture.num_heads or weights.usual_heads
+    model = _build_empty(weights, None, {} if heads else {"num_heads": 1})
+    _fit(model, weights, {"mask_token"}, "interpolate", "none")
+
+
+class _Fitted(NamedTuple):
+    """Weights that fit a model one by one."""
+
+    state: State
+    missing: list[str]
+    resampled: dict[str, str]
+
+
+def _fit(
+    model: nn.Module, weights: BackboneWeights, allow_missing: set[str], pos_embed: str, patch_embed: str
+) -> _Fitted:
+    """Fit weights to a model and check them; nothing is changed."""
+    own = {flat_name(name): tensor for name, tensor in model.state_dict().items()}
+    state = dict(weights.state)
+    resamples_patches = patch_embed == "pseudo_inverse"
+    _check_architecture(weights, model, own, ignore=("patch_size",) if resamples_patches else ())
+    resampled = fit_patch_embedding(state, own) if resamples_patches else {}
+    resampled |= fit_positions(weights.source, state, model, pos_embed)
+    missing = _check_tensors(weights.source, state, own, allow_missing)
+    _check_memory(weights.source, missing, own)
+    check_values(weights.source, state, weights.tensors, weights.metadata)
+    return _Fitted(state, missing, resampled)
 
 
 def load_pretrained_weights(
@@ -256,6 +282,15 @@ def build_from_weights(
         WeightsError: See :func:`load_backbone`; or the weights do not tell enough.
     """
     weights = source if isinstance(source, BackboneWeights) else open_weights(source, entry)
+    model = _build_empty(weights, img_size, options)
+    load_backbone(model, weights)
+    return model.eval()
+
+
+def _build_empty(
+    weights: BackboneWeights, img_size: int | None, options: Mapping[str, Any]
+) -> DinoVisionTransformer:
+    """Build the backbone that the weights belong to on the meta device; see :func:`build_from_weights`."""
     architecture = weights.architecture
     if "num_heads" in options:
         architecture = architecture.with_heads(options["num_heads"])
@@ -282,8 +317,7 @@ def build_from_weights(
         )
     with torch.device("meta"):
         model, _ = build_model(args, only_teacher=True, img_size=img_size)
-    load_backbone(model, weights)
-    return model.eval()
+    return model
 
 
 def _check_architecture(
@@ -355,16 +389,14 @@ def _fill(model: nn.Module, state: Mapping[str, StoredTensor]) -> None:
         model.load_state_dict(assigned, strict=False, assign=True)
 
 
-def _report(
-    weights: BackboneWeights, state: State, model: nn.Module, missing: list[str], resampled: dict[str, str]
-) -> LoadReport:
+def _report(weights: BackboneWeights, fitted: _Fitted, model: nn.Module) -> LoadReport:
     model_names = {flat_name(name): name for name in model.state_dict()}
     values = {flat_name(name): value for name, value in model.state_dict().items()}
     used: dict[str, list[str]] = {}
-    for flat, stored in state.items():
+    for flat, stored in fitted.state.items():
         for name in stored.names:
             used.setdefault(name, []).append(model_names[flat])
-    loaded_numbers = sum(values[flat].numel() for flat in state)
+    loaded_numbers = sum(values[flat].numel() for flat in fitted.state)
     single_file = weights.path is not None and weights.path.suffix != ".json"
     return LoadReport(
         source=weights.source,
@@ -372,12 +404,12 @@ def _report(
         sha256=sha256_of(weights.path) if single_file else "",
         layout=weights.layout,
         architecture=weights.architecture.describe(),
-        loaded=[name for flat, name in model_names.items() if flat in state],
+        loaded=[name for flat, name in model_names.items() if flat in fitted.state],
         converted={
             model_names[flat]: ", ".join(how) for flat, stored in weights.state.items() if (how := stored.how)
         },
-        resampled={model_names[flat]: how for flat, how in resampled.items()},
-        missing={model_names[flat]: _initial_value(values[flat]) for flat in missing},
+        resampled={model_names[flat]: how for flat, how in fitted.resampled.items()},
+        missing={model_names[flat]: _initial_value(values[flat]) for flat in fitted.missing},
         used=used,
         unused=weights.unused,
         share=loaded_numbers / sum(value.numel() for value in values.values()),

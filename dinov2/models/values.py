@@ -30,11 +30,13 @@ def check_values(
         metadata: What the file says about itself, among it perhaps digests of all its tensors or of those in
             one of several files; see :class:`dinov2.models.weight_files.OpenedFile`.
     """
-    broken, huge = [], []
+    broken, huge, matrices = [], [], {}
     for name, stored in state.items():
         if not stored.numel:
             continue
         largest = _largest(source, name, stored.read())
+        if stored.ndim > 1 and name.endswith("weight"):
+            matrices[name] = largest
         if not math.isfinite(largest):
             broken.append(name)
         elif largest > LARGEST_PLAUSIBLE:
@@ -49,6 +51,11 @@ def check_values(
         raise WeightsError(
             f"The weights in {source} contain values that no trained network has ({first_names(huge)}): the "
             "file is damaged; download or copy it again."
+        )
+    if matrices and not any(matrices.values()):
+        raise WeightsError(
+            f"All weight matrices in {source} are zero ({first_names(list(matrices))}): the file was "
+            "never filled, or not written to its end; download or copy it again."
         )
     _check_digest(source, tensors, metadata)
 

@@ -31,10 +31,12 @@ class InitialWeights:
     Attributes:
         parts: What each of them took.
         centers: What became of the file of the losses' centres, if they were restored.
+        fresh: Parts of the student that start with random weights, each with the names of its tensors.
     """
 
     parts: dict[str, Part] = field(default_factory=dict)
     centers: LoadReport | None = None
+    fresh: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def reports(self) -> dict[str, LoadReport]:

@@ -110,7 +110,8 @@ def load_initial_weights(
             kept = {name: loss for name, loss in losses.items() if f"teacher.{heads[name]}" in reports}
             centers = _load_centers(kept, files) if kept else None
     parts = {name: Part(report, fingerprint(_module(networks, name))) for name, report in reports.items()}
-    return InitialWeights(parts, centers)
+    fresh = {f"student.{name}": list(part.state_dict()) for name, part in student.items()}
+    return InitialWeights(parts, centers, {name: names for name, names in fresh.items() if name not in parts})
 
 
 def _load_backbones(
@@ -122,6 +123,11 @@ def _load_backbones(
         "patch_embed": cfg.student.patch_embed_resampling,
     }
     source = pretrained_source(cfg)
+    if source and files and files.has_both_backbones:
+        logger.warning(
+            "the backbones%s in %s are not used, as the config names another backbone, %s",
+            *(" and centres" if files.centers else "", files.place, source),
+        )
     if source:
         return {"student.backbone": load_backbone(networks["student"]["backbone"], source, **fit)}
     reports = {}
@@ -156,8 +162,9 @@ def _load_heads(
             raise WeightsError(_missing_heads(files, head, missing))
         if missing:
             logger.warning(
-                "%s: random weights in student and teacher, as %s has no %s (head.on_missing reinit)",
+                "%s: random weights in student and teacher, as %s has no %s (head.on_missing reinit)%s",
                 *(head, files.place, " and ".join(missing)),
+                "".join(f"; its {key} is not used" for key in keys.values() if key in files.heads),
             )
             continue
         for network, modules in networks.items():
@@ -175,12 +182,15 @@ def _missing_heads(files: ContinuedFiles, head: str, missing: list[str]) -> str:
     """Return the sentence for heads that are not there: what is there, and which config would fit it."""
     names = " and ".join(checkpoint_name(key) for key in missing)
     sentence = f"head.head_path {files.place!r} lacks {names}"
+    exports = sorted(Path(files.place).glob("eval/*/"), key=lambda folder: folder.stat().st_mtime)
+    if exports:
+        sentence += f"; the folder of a run's export is meant, such as {exports[-1]}"
     if len(missing) == 1:
         sentence += ", while the other network's is there: student and teacher heads are needed together"
     elif head == "ibot_head" and any("dino_head" in key for key in files.heads):
-        sentence += " but has DINO heads: set ibot.separate_head=false, with which iBOT uses them,"
+        sentence += " but has DINO heads: set ibot.separate_head=false, with which iBOT uses them"
     elif head == "dino_head" and any("ibot_head" in key for key in files.heads):
-        sentence += " but has iBOT heads: set dino.loss_weight=0, with which no DINO head is needed,"
+        sentence += " but has iBOT heads: set dino.loss_weight=0, with which no DINO head is needed"
     return f"{sentence}; or set head.on_missing=reinit to start this head with random weights."
 
 
@@ -216,8 +226,13 @@ def _load_centers(losses: dict[str, nn.Module], files: ContinuedFiles) -> LoadRe
 
 
 def write_reports(initial: InitialWeights, output_dir: Path) -> None:
-    """Write ``load_report.json``: what became of every tensor of every file that was loaded."""
-    if initial.reports:
-        content = {name: report.to_json() for name, report in initial.reports.items()}
-        text = json.dumps(content, indent=1).encode()
-        write_atomically(output_dir / "load_report.json", lambda file: file.write(text))
+    """Write ``load_report.json``: what became of every tensor of every file and of the networks."""
+    content = {name: report.to_json() for name, report in initial.reports.items()}
+    for name, tensors in initial.fresh.items():
+        content[name] = {
+            "source": "",
+            "loaded": [],
+            "missing": dict.fromkeys(tensors, "random initial values"),
+        }
+    text = json.dumps(content, indent=1).encode()
+    write_atomically(output_dir / "load_report.json", lambda file: file.write(text))

@@ -19,11 +19,14 @@ from dinov2 import cli
 from dinov2.errors import ConfigError, OutputError, UserError, WeightsError
 from dinov2.hub import export, export_targets
 from dinov2.hub.export_files import write_aside, write_safetensors
+from dinov2.hub.export_layout import Normalisation
+from dinov2.hub.export_timm import timm_layout
 from dinov2.models.digest import tensors_digest
 from dinov2.models.pretrained import build_from_weights
 from tests.conftest import REPO
 from tests.hub.variants import HEADS, SIZE, VARIANTS, all_tokens, saved, variant
 from tests.models.test_real_vits14 import tile
+from tests.models.vits import tiny
 
 OUTPUTS = {
     "dinov2": "out.pth",
@@ -359,3 +362,18 @@ def test_tensors_that_share_memory_or_lie_crosswise_are_written_as_they_read(tmp
     write_safetensors(tensors, tmp_path / "a.safetensors")
     read = load_file(tmp_path / "a.safetensors")
     assert all(torch.equal(tensor, read[name]) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(("mean", "std"), [("0.5 0.5 0.5", "0 0 0"), ("128 128 128", "0.5 0.5 0.5")])
+def test_impossible_constants_are_refused(tmp_path, mean, std):
+    path = tmp_path / "weights.pth"
+    torch.save(tiny().state_dict(), path)
+    words = ["--checkpoint", str(path), "--to", "dinov2", "--output", str(tmp_path / "out.pth"), *SMALL]
+    with pytest.raises(ConfigError, match="are no constants for channels of 0..1"):
+        export.main([*words, "--mean", *mean.split(), "--std", *std.split()])
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_an_epsilon_that_timm_cannot_state_is_refused(tmp_path):
+    with pytest.raises(WeightsError, match="epsilon of 1e-12"):
+        timm_layout(tiny(norm_eps=1e-12), Normalisation((0.5,) * 3, (0.5,) * 3))

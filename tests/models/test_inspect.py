@@ -103,3 +103,30 @@ def test_the_command(tmp_path, capsys):
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     assert result.returncode == 1 and result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ({"norm.bias": None}, "1 missing: norm.bias"),
+        ({"fc_norm.weight": torch.zeros(24)}, "1 not known to the model: fc_norm.weight"),
+        ({"norm.weight": torch.full((24,), torch.nan)}, "NaN or infinity"),
+        ({"pos_embed": torch.zeros(1, 12, 24)}, "no positions for a square grid"),
+    ],
+)
+def test_what_cannot_be_loaded_gets_no_config_but_the_reason(tmp_path, capsys, damage, words):
+    state = {name: tensor for name, tensor in {**tiny().state_dict(), **damage}.items() if tensor is not None}
+    path = written(tmp_path / "a.pth", state)
+    findings = inspect_weights(path)
+    assert words in findings.refusal and findings.config == []
+    with pytest.raises(WeightsError, match=words):
+        main([path])
+    assert "layout:" in capsys.readouterr().out  # what it is, is said all the same
+
+
+def test_an_export_can_be_continued(tmp_path):
+    folder = tmp_path / "eval" / "training_9999"
+    folder.mkdir(parents=True)
+    for network in ("teacher", "student"):
+        written(folder / f"{network}_checkpoint.pth", {network: named("backbone.", tiny())})
+    assert f"#   head.head_path={folder} optim.start_iter=10000" in inspect_weights(str(folder)).config

@@ -266,3 +266,8 @@ def test_positions_that_are_no_square_grid_are_refused():
     model = tiny()
     state = {**model.state_dict(), "pos_embed": torch.zeros(1, 12, 24)}
     assert "not a square grid" in refusal(model, state)
+
+
+def test_weights_that_were_never_filled_are_refused():
+    state = {name: torch.zeros_like(tensor) for name, tensor in tiny().state_dict().items()}
+    assert "All weight matrices in the given dictionary are zero" in refusal(tiny(), state)

@@ -372,6 +372,35 @@ def test_the_report_tells_of_no_weights_that_others_have_replaced(tiny, first_ru
     assert not (tmp_path / "run" / "load_report.json").exists()
 
 
+def test_heads_of_a_run_state_are_found(tiny, first_run, tmp_path):
+    (state,) = first_run.glob("model_final.rank_0.pth")
+    model = SSLMetaArch(tiny.resolve(*SEPARATE, f"head.head_path={state}"))
+    assert {"student.ibot_head", "teacher.dino_head"} <= model.initial_weights.parts.keys()
+    with pytest.raises(WeightsError, match="export is meant, such as .*training_5"):
+        SSLMetaArch(tiny.resolve(*SEPARATE, f"head.head_path={first_run}"))
+
+
+def test_what_is_left_unused_is_said(tiny, exported, caplog):
+    with caplog.at_level("WARNING", logger="dinov2"):
+        SSLMetaArch(
+            tiny.resolve(*SEPARATE, f"head.head_path={exported}", f"student.pretrained_weights={exported}")
+        )
+    assert f"the backbones and centres in {exported} are not used" in caplog.text
+    caplog.clear()
+    for name in ("teacher_dino_head", "teacher", "student"):
+        (exported / f"{name}_checkpoint.pth").unlink()
+    with caplog.at_level("WARNING", logger="dinov2"):
+        SSLMetaArch(tiny.resolve(f"head.head_path={exported}", "head.on_missing=reinit"))
+    assert "its student_dino_head is not used" in caplog.text
+
+
+def test_the_report_names_the_tensors_that_start_at_random(tiny, exported, tmp_path):
+    tiny.start(tmp_path / "run", f"student.pretrained_weights={exported}", "optim.max_iterations=3")
+    report = json.loads((tmp_path / "run" / "load_report.json").read_text())
+    assert set(report) == {"student.backbone", "student.dino_head"}
+    assert report["student.dino_head"]["missing"]["last_layer.weight_g"] == "random initial values"
+
+
 def test_start_iter_has_to_lie_inside_the_run(tiny, tmp_path):
     with pytest.raises(ConfigError, match="optim.start_iter 6 is not before the end"):
         tiny.start(tmp_path / "run", "optim.start_iter=6")

@@ -96,7 +96,7 @@ def _source_normalisation(report: LoadReport, used: Constants) -> Line:
         return Line(
             name, "note", f"{report.source} does not state its constants; the run uses {_named(used)}"
         )
-    origin = getattr(report, "normalisation_origin", "stated")
+    origin = report.normalisation_origin
     values = {"source": source, "used": used, "origin": origin}
     subject = f"{report.source} was trained with"
     if origin == "sizes":
