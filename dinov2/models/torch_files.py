@@ -75,6 +75,7 @@ def _pickles_of_archive(path: Path) -> Iterator[BinaryIO]:
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
             if record.filename.lower().endswith("data.pkl"):  # PyTorch's reader may overlook the case
+                record.CRC = record.CRC or None  # zero is no checksum; those there are have been compared
                 yield io.BytesIO(archive.read(record))
 
 
