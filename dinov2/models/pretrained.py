@@ -177,7 +177,10 @@ def read_state_dict(source: str | Mapping[str, Any], *, entry: str | None = None
     Raises:
         WeightsError: See :func:`open_weights`.
     """
-    return {name: stored.read() for name, stored in open_weights(source, entry).plain.items()}
+    weights = open_weights(source, entry)
+    floating = {name: stored for name, stored in weights.plain.items() if stored.is_floating_point}
+    check_values(weights.source, floating, weights.tensors, weights.metadata)
+    return {name: stored.read() for name, stored in weights.plain.items()}
 
 
 def load_backbone(

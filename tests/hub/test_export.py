@@ -260,8 +260,8 @@ REFUSALS = {
     "entry": (["--to", "dinov2", "--output", "a.pth", "--entry", "student"], WeightsError, "student"),
     "heads": (
         ["--to", "dinov2", "--output", "a.pth", "--num-heads", "5"],
-        ConfigError,
-        "48 cannot be shared by 5",
+        WeightsError,
+        "width 48, which 5 attention heads cannot share",
     ),
     "mean alone": (
         ["--to", "timm", "--output", "a", "--mean", "0", "0", "0"],
