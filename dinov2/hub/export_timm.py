@@ -37,7 +37,7 @@ def timm_layout(model: DinoVisionTransformer, normalisation: Normalisation) -> L
     if model.norm.eps != TIMM_NORM_EPS:
         raise WeightsError(
             f"These weights have norms with an epsilon of {model.norm.eps:g}, which timm's config.json "
-            f"cannot state (its own is {TIMM_NORM_EPS:g}): export to transformers, onnx or torch.export instead."
+            f"cannot state (its own is {TIMM_NORM_EPS:g}): export to transformers or onnx instead."
         )
     # timm has one switch for the biases of the output projection and of the feed-forward.
     state, added = with_biases(state, only_if_some=True)
