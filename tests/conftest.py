@@ -1,6 +1,7 @@
 """Shared fixtures: the recorded reference tensors, the real images and the real ViT-S/14 weights."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from dinov2.logging import ConsoleHandler
 
 pytest_plugins = ["tests.fixtures_weights"]
 
@@ -26,6 +29,25 @@ def load_golden_json(name: str):
 
 def load_golden_tensors(name: str) -> dict[str, torch.Tensor]:
     return load_file(GOLDEN / name)
+
+
+@pytest.fixture(autouse=True)
+def no_logs_of_earlier_runs():
+    """A run started in this process, by a test or a fixture, leaves its logs open for the next tests to meet."""
+    _close_logs()
+    yield
+    _close_logs()
+
+
+def _close_logs() -> None:
+    root = logging.getLogger()
+    for handler in [
+        handler for handler in root.handlers if type(handler) in (ConsoleHandler, logging.FileHandler)
+    ]:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(logging.WARNING)
+    logging.captureWarnings(False)
 
 
 def pytest_collection_modifyitems(items):

@@ -7,17 +7,14 @@ import warnings
 import pytest
 
 from dinov2.errors import OutputError
-from dinov2.logging import ConsoleHandler, setup_logging
+from dinov2.logging import setup_logging
 
 logger = logging.getLogger("dinov2")
 
 
 @pytest.fixture(autouse=True)
 def restore_logging():
-    root = setup_logging(capture_warnings=False)  # closes the files of runs in earlier tests
-    for handler in root.handlers:
-        if isinstance(handler, ConsoleHandler):
-            root.removeHandler(handler)
+    root = logging.getLogger()
     before = list(root.handlers), root.level
     yield
     setup_logging(capture_warnings=False)  # closes the files of the test
