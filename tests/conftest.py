@@ -33,7 +33,7 @@ def load_golden_tensors(name: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def no_logs_of_earlier_runs():
-    """A run started in this process, by a test or a fixture, leaves its logs open for the next tests to meet."""
+    """A run started in this process leaves its logs open, for the next tests to meet."""
     _close_logs()
     yield
     _close_logs()
@@ -41,11 +41,10 @@ def no_logs_of_earlier_runs():
 
 def _close_logs() -> None:
     root = logging.getLogger()
-    for handler in [
-        handler for handler in root.handlers if type(handler) in (ConsoleHandler, logging.FileHandler)
-    ]:
-        root.removeHandler(handler)
-        handler.close()
+    for handler in list(root.handlers):
+        if type(handler) in (ConsoleHandler, logging.FileHandler):
+            root.removeHandler(handler)
+            handler.close()
     root.setLevel(logging.WARNING)
     logging.captureWarnings(False)
 
