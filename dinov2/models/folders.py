@@ -1,5 +1,6 @@
 """Which file of a folder, or of a repository, holds the weights; decided by names alone."""
 
+import re
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
@@ -15,6 +16,7 @@ LIBRARY_FILES = (
     f"pytorch_model.bin{INDEX_SUFFIX}",
 )
 NAMES_SHOWN = 5
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
 def choose_file(names: Iterable[str], entry: str) -> str | None:
@@ -47,6 +49,11 @@ def no_choice(place: str, names: Iterable[str], entry: str) -> str:
     """Return the sentence for a place with no weight file, or several."""
     found = weight_files(names)
     shown = ", ".join(found[:NAMES_SHOWN]) + (", ..." if len(found) > NAMES_SHOWN else "")
+    if all(SHARD.search(name) for name in found) and found:
+        return (
+            f"{place} holds parts of a checkpoint ({shown}) without the index that says what is in which: "
+            f"download the file that ends in {INDEX_SUFFIX} as well."
+        )
     return (
         f"{place} has no {checkpoint_name(entry)}, no {LIBRARY_FILES[0]} and not exactly one weight file, "
         f"but {shown or 'no weight file at all'}: name the file to load."

@@ -57,6 +57,10 @@ def inspect_weights(source: str, entry: str | None = None) -> Findings:
     path = locate(source, entry=entry)
     opened = open_file(path)
     heads = _heads(opened.content)
+    names = [name for name, _ in leaves(opened.content)]
+    if names and all(name.endswith(".center") for name in names):
+        centers = {"holds": f"running centres of a run's losses ({', '.join(names)})"}
+        return Findings({**_file_facts(path, opened), **centers})
     try:
         weights = open_weights(str(path), entry)
         if not weights.architecture.depth:

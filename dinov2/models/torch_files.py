@@ -130,6 +130,8 @@ def _problem(records: list[zipfile.ZipInfo], size: int) -> str | None:
     names = {record.filename.rpartition("/")[2] for record in records}
     if "constants.pkl" in names:
         return "is a TorchScript program: save its state_dict() with torch.save and give that file"
+    if any(name.endswith("archive_format") or name == "model.json" for name in names):
+        return "is a graph of torch.export: name the weights that it was exported from"
     if "data.pkl" not in names:
         return "is a zip archive, but not of PyTorch: unpack it and name the weight file inside"
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):

@@ -126,6 +126,8 @@ def _what_it_is(head: bytes) -> str:
             return what
     if head.lstrip().startswith(b"<"):
         return "is a web page saved under this name: download the file itself, signed in where needed"
+    if b"pytorch" in head[:64]:  # an ONNX file names the program that wrote it near its beginning
+        return "is an ONNX graph: name the weights that it was exported from"
     start = f"it starts with {head[:8]!r}"
     return f"is neither a PyTorch nor a safetensors file ({start}): download or copy it again"
 

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from dinov2.errors import ConfigError
+from dinov2.errors import ConfigError, WeightsError
 from dinov2.hub import export, export_graphs
 from dinov2.hub.export_graphs import METADATA_FILE, OUTPUTS
-from dinov2.models.pretrained import build_from_weights
+from dinov2.models.pretrained import build_from_weights, open_weights
 from tests.hub.variants import HEADS, SIZE, VARIANTS, saved, variant
 from tests.models.test_real_vits14 import TOLERANCE, tile
 
@@ -173,3 +173,16 @@ for graph in (torch.jit.load("graph.pt"), torch.export.load("graph.pt2").module(
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=one_block, capture_output=True, text=True)
     assert result.stdout == "3 48\n3 48\n", result.stderr
+
+
+KINDS = {
+    "onnx": "an ONNX graph",
+    "torchscript": "a TorchScript program",
+    "torch.export": "a graph of torch.export",
+}
+
+
+@pytest.mark.parametrize("to", FILES)
+def test_the_loader_says_what_a_graph_is(to, one_block):
+    with pytest.raises(WeightsError, match=f"is {KINDS[to]}"):
+        open_weights(str(one_block / FILES[to]))

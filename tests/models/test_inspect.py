@@ -130,3 +130,8 @@ def test_an_export_can_be_continued(tmp_path):
     for network in ("teacher", "student"):
         written(folder / f"{network}_checkpoint.pth", {network: named("backbone.", tiny())})
     assert f"#   head.head_path={folder} optim.start_iter=10000" in inspect_weights(str(folder)).config
+
+
+def test_the_centres_of_an_export_are_known(tmp_path):
+    path = written(tmp_path / "centers_checkpoint.pth", {"dino_loss.center": torch.zeros(1, 4)})
+    assert inspect_weights(path).facts["holds"] == "running centres of a run's losses (dino_loss.center)"

@@ -216,6 +216,12 @@ def test_what_cannot_be_a_weight_file_is_refused_without_waiting(tmp_path):
     assert "cannot be read" in refusal("a\0b")
 
 
+def test_parts_without_their_index_are_called_that(tmp_path):
+    for number in (1, 2):
+        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(b"x")
+    assert "without the index that says what is in which" in refusal(tmp_path)
+
+
 def test_a_folder_without_permission_is_named(tmp_path):
     (tmp_path / "closed").mkdir(mode=0)
     user = os.geteuid()
