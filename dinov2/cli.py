@@ -19,6 +19,9 @@ def run(main: Callable[..., Any], *args: Any) -> None:
     """Call ``main(*args)``; on :class:`UserError` print its text and exit with status 1."""
     try:
         main(*args)
+    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
             time.sleep(OTHER_RANKS_DELAY_SECONDS)

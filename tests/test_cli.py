@@ -67,3 +67,14 @@ def test_the_trainer_refuses_before_it_loads_torch(arguments, sentence, tmp_path
     assert "Traceback" not in done.stderr
     assert "torch loaded: False" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    program = "from dinov2 import cli; cli.run(lambda: [cli.say('line') for _ in range(100_000)])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "line\n"
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
+    process.stderr.close()

@@ -39,7 +39,12 @@ def settle_architecture(student: Any, weights: BackboneWeights, defaults: Mappin
     for key, value in options.items():
         setattr(student, key, value)
     known = f" (the sizes of {weights.looks_like})" if weights.looks_like else ""
-    logger.info("student.arch auto: %s%s has %s", weights.source, known, architecture.describe())
+    logger.info(
+        "student.arch auto: %s%s has %s",
+        weights.source,
+        known,
+        architecture.with_heads(architecture.num_heads or weights.usual_heads).describe(),
+    )
     if architecture.num_heads is None:
         logger.info(
             "student.arch auto: %d attention heads are assumed, the usual number for this width, as the "
