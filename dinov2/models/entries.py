@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dinov2.errors import WeightsError
+from dinov2.models.checkpoint_names import NETWORKS
 from dinov2.models.stored import StoredTensor
 
-NETWORKS = ("teacher", "student")  # in order of preference
 CONTAINERS = ("model", "state_dict")
 MAX_DEPTH = 3  # entries within entries
 # Names under which a backbone hangs inside a bigger module; taken off the start of a name only, since the

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from dinov2.models.checkpoint_names import HEADS, NETWORKS
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-NETWORKS = ("student", "teacher")
-PARTS = ("backbone", "dino_head", "ibot_head")
+PARTS = ("backbone", *HEADS)
 
 
 def cpu_has_bf16() -> bool:

@@ -10,14 +10,13 @@ from torch import nn
 
 from dinov2 import distributed
 from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from dinov2.models.companions import Constants
 from dinov2.models.report import LoadReport
 from dinov2.train.self_check.probe import Start
 from dinov2.train.self_check.record import Line
 
 DRAWS = 16  # a white image stays white in about 6 of 10 crops
 CLOSE = 1e-3  # half a grey level of 256 is 2e-3
-
-Constants = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def check_crops(start: Start) -> Iterator[Line]:
