@@ -21,7 +21,8 @@ REQUIREMENTS = [
 EXTRAS = {
     "cuda": ["xformers>=0.0.35"],
     "eval": ["scikit-learn>=1.5"],
-    "slides": ["openslide-python>=1.4", "openslide-bin>=4.0"],
+    "slides": ["openslide-python>=1.4", "openslide-bin>=4.0", "scipy>=1.13", "h5py>=3.10"],
+    "shards": ["pyarrow>=16"],
     "onnx": ["onnx>=1.17", "onnxscript>=0.7"],
     "hub": ["huggingface_hub>=0.34"],
     "lora": ["peft>=0.18"],  # 0.17 cannot be imported beside transformers 5
@@ -29,6 +30,7 @@ EXTRAS = {
 EXTRAS["dev"] = [
     *EXTRAS["eval"],
     *EXTRAS["slides"],
+    *EXTRAS["shards"],
     *EXTRAS["onnx"],
     *EXTRAS["hub"],
     *EXTRAS["lora"],
@@ -36,6 +38,11 @@ EXTRAS["dev"] = [
     "pytest>=8.3",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
+    "tiffslide>=2.4",
+    "tifffile>=2024.1",
+    "imagecodecs>=2024.1",
+    "scikit-image>=0.24",
+    "webdataset>=0.2.100",
     "timm>=1.0.20",
     "transformers>=4.56",
     "ruff>=0.8",

@@ -17,6 +17,8 @@ KIND_NAMES = {
     int: "an integer",
     float: "a number",
     str: "a string",
+    list: "a list of strings",
+    dict: "a mapping of strings to strings",
 }
 NUMBER_WORDS = {2: "two", 3: "three"}  # lengths of the lists that keys take
 
@@ -46,7 +48,10 @@ def setting(default: Any, meaning: str, **rule: Any) -> Any:
             ``at_least``, ``above``, ``at_most``, ``below``; ``pattern`` (a regular expression for the
             whole string) and ``pattern_words`` (the same in words).
     """
-    return dataclasses.field(default=default, metadata={"rule": Rule(meaning=meaning, **rule)})
+    metadata = {"rule": Rule(meaning=meaning, **rule)}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class WrongValueError(ValueError):
@@ -65,15 +70,17 @@ class Key:
 
     @property
     def type_name(self) -> str:
+        special = {list: "list of str", dict: "mapping of str to str"}
         names = [
-            f"list of {len(self.default)} floats" if kind is tuple else kind.__name__ for kind in self.kinds
+            f"list of {len(self.default)} floats" if kind is tuple else special.get(kind, kind.__name__)
+            for kind in self.kinds
         ]
         return " or ".join([*names, "null"] if self.nullable else names)
 
     @property
     def takes_text(self) -> bool:
-        """Whether the value is free text, or one of several words."""
-        return self.kinds == (str,)
+        """Whether the value is free text, one of several words, or a list of such."""
+        return str in self.kinds and set(self.kinds) <= {str, list}
 
     @property
     def bounds(self) -> str:
@@ -124,6 +131,8 @@ class Key:
         return numbers if len(numbers) == len(self.default) and None not in numbers else None
 
     def _accepts(self, value: Any) -> bool:
+        if isinstance(value, dict) or (isinstance(value, list) and list in self.kinds):
+            return True
         if isinstance(value, str):
             known = not self.rule.choices or value in self.rule.choices
             return known and (not self.rule.pattern or re.fullmatch(self.rule.pattern, value) is not None)
@@ -144,6 +153,10 @@ def _as_kind(value: Any, kind: type) -> Any:
     """Return ``value`` as a ``kind``, None when it is not one."""
     if kind in (bool, str):
         return value if isinstance(value, kind) else None
+    if kind in (list, dict):
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        holds_text = isinstance(value, kind) and all(isinstance(item, str) for item in items)
+        return value if holds_text and (items or kind is dict) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if kind is int:
@@ -163,7 +176,7 @@ def describe(value: Any) -> str:
         return f"the string '{value}'"
     if isinstance(value, list):
         return f"the list {value}"
-    return "a section of keys" if isinstance(value, dict) else f"a {type(value).__name__}"
+    return f"the mapping {value}" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
 def iterate_keys(section: Any, prefix: str = "") -> Iterator[Key]:

@@ -122,8 +122,13 @@ class Ibot:
 @dataclass(kw_only=True)
 class Train:
     batch_size_per_gpu: int = setting(64, "Images per process and iteration", unit="images", at_least=1)
-    dataset_path: str = setting(
-        "ImageNet:split=TRAIN", "Dataset string, Name:key=value:...; the default still needs root and extra"
+    dataset_path: str | list[str] = setting(
+        "ImageNet:split=TRAIN",
+        "Dataset string, Name:key=value:..., or a mixture, 2*Name:...+Name:..., also written as a list; the "
+        "default still needs root and extra",
+    )
+    path_map: dict[str, str] = setting(
+        {}, "Where folders that datasets name lie on this machine: {/recorded/folder: /folder/here}"
     )
     output_dir: str = setting(".", "Where everything is written; set from --output-dir")
     saveckp_freq: int = setting(20, "Without effect, see checkpointing.period")
@@ -133,6 +138,26 @@ class Train:
     num_workers: int = setting(10, "Data loading processes per training process", at_least=0)
     OFFICIAL_EPOCH_LENGTH: int = setting(
         1250, "Length of what the config calls an epoch, whatever the dataset", unit="iterations", at_least=1
+    )
+    max_bad_fraction: float = setting(
+        0.001,
+        "Share of the images drawn that may be unreadable and are replaced by others; above it the run stops",
+        at_least=0,
+        at_most=1,
+    )
+    worker_timeout: float = setting(
+        900.0,
+        "How long to wait for a batch from the data loading processes before the run stops; 0 for ever",
+        unit="seconds",
+        at_least=0,
+    )
+    prefetch_factor: int | None = setting(
+        None, "Batches that each data loading process prepares ahead; null is PyTorch's 2", at_least=1
+    )
+    worker_start_method: str = setting(
+        "default",
+        "How data loading processes are started; default is Python's for this platform",
+        choices=("default", "fork", "spawn", "forkserver"),
     )
     cache_dataset: bool = setting(True, "Without effect")
     centering: str = setting(

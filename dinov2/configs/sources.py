@@ -72,7 +72,7 @@ def override_settings(overrides: list[str]) -> tuple[list[Setting], list[str]]:
                 f'the override "{override}" is not of the form key=value, such as optim.base_lr=2e-4'
             )
         elif KEYS.get(name) is not None and KEYS[name].takes_text:
-            settings.append(Setting(name, _text(value), "command line"))
+            settings.append(Setting(name, _text(value, KEYS[name].kinds), "command line"))
         else:
             try:
                 tree = OmegaConf.to_container(OmegaConf.from_dotlist([override]), resolve=False)
@@ -124,8 +124,8 @@ def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, 
             yield from _key_lines(value, f"{path}.")
 
 
-def _text(value: str) -> str | None:
-    """Return the value of an override for a string key: YAML for null and quotes, else literally.
+def _text(value: str, kinds: tuple[type, ...]) -> str | list | None:
+    """Return the value of an override for a string key: YAML for null, quotes and lists, else literally.
 
     Paths and dataset strings may look like something else to YAML, such as ``2024`` or ``A:root=/x: y``.
     """
@@ -133,7 +133,7 @@ def _text(value: str) -> str | None:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
         return value
-    return parsed if parsed is None or isinstance(parsed, str) else value
+    return parsed if parsed is None or isinstance(parsed, (str, *kinds)) else value
 
 
 def _misplaced_option(name: str, value: str) -> str:

@@ -72,6 +72,11 @@ ADDED = {
     "crops.mean": [0.485, 0.456, 0.406],
     "crops.std": [0.229, 0.224, 0.225],
     "head.on_missing": "stop",
+    "train.path_map": {},
+    "train.max_bad_fraction": 0.001,
+    "train.worker_timeout": 900.0,
+    "train.prefetch_factor": None,
+    "train.worker_start_method": "default",
 }
 
 
@@ -160,6 +165,8 @@ def test_renew_replaces_only_the_tables(tmp_path):
         ("train.sshid", 13, 13),
         ("train.sshid", "448", "448"),
         ("student.drop_path_uniform", False, False),
+        ("train.path_map", {"/data": "/nfs"}, {"/data": "/nfs"}),
+        ("train.dataset_path", ["2*A:root=/x", "B:root=/y"], ["2*A:root=/x", "B:root=/y"]),
     ],
 )
 def test_accepted_values(path, value, converted):
@@ -181,7 +188,7 @@ def test_accepted_values(path, value, converted):
         ("student.drop_path_rate", 1.0, "is the number 1.0, a number of at least 0 and below 1 is wanted"),
         ("student.qkv_bias", 1, "is the number 1, true or false is wanted"),
         ("student.arch", 3, "is the number 3, a string is wanted"),
-        ("student.arch", {"name": "x"}, "is a section of keys, a string is wanted"),
+        ("student.arch", {"name": "x"}, "is the mapping {'name': 'x'}, a string is wanted"),
         ("train.centering", "sinkhorn", 'one of "centering", "sinkhorn_knopp" is wanted'),
         ("optim.scaling_rule", "sqrt", "is the string 'sqrt', \"sqrt_wrt_<images>\""),
         ("optim.scaling_rule", "sqrt_wrt_0", "is wanted"),
@@ -190,6 +197,10 @@ def test_accepted_values(path, value, converted):
         ("crops.global_crops_scale", 0.3, "is the number 0.3, a list of two numbers"),
         ("crops.mean", [0.5, 0.5], "is the list [0.5, 0.5], a list of three numbers of at least 0"),
         ("ibot.mask_ratio_min_max", [0.1, "a"], "is the list [0.1, 'a'], a list of two numbers"),
+        ("train.path_map", "/data", "is the string '/data', a mapping of strings to strings is wanted"),
+        ("train.path_map", {"/data": 13}, "a mapping of strings to strings is wanted"),
+        ("train.dataset_path", [], "is the list [], a string or a list of strings is wanted"),
+        ("train.dataset_path", ["A", 2], "is the list ['A', 2], a string or a list of strings is wanted"),
     ],
 )
 def test_refused_values(path, value, text):

@@ -78,6 +78,9 @@ def test_settings_of_a_file_know_their_lines(tmp_path):
         ("head.head_path=null", "head.head_path", None),
         ("train.dataset_path=A:root=/x: [y", "train.dataset_path", "A:root=/x: [y"),
         ("train.sshid=13", "train.sshid", 13),
+        ("train.dataset_path=['A:root=/a b', B]", "train.dataset_path", ["A:root=/a b", "B"]),
+        ("student.arch=[a]", "student.arch", "[a]"),
+        ("train.path_map={/a.b: /c}", "train.path_map", {"/a.b": "/c"}),
     ],
 )
 def test_override_values_are_yaml(override, path, value):
