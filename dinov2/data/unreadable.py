@@ -157,7 +157,7 @@ class UnreadableImages:
         self.failures += total
         by_rank = distributed.all_gather_objects(list(failures))
         found = [failure for of_rank in by_rank for failure in of_rank]
-        self._first += found[: LOGGED - len(self._first)]
+        self._first += found[: LISTED - len(self._first)]
         if distributed.is_main_process():
             self._log(iteration, found)
             self._write(iteration, by_rank)
@@ -179,9 +179,9 @@ class UnreadableImages:
     def _verdict(self) -> str:
         allowed = int(allowed_failures(self.limit, self.draws))
         return (
-            f"{self._sums()}, and train.max_bad_fraction {self.limit:g} allows {allowed} by now: "
-            f'{_listed(self._first)}; "{self.path}" lists all: mend them, leave them out of the index, or raise '
-            "train.max_bad_fraction"
+            f"{self._sums()}, and train.max_bad_fraction {self.limit:g} allows {allowed} by now; "
+            f'the first are {", ".join(map(str, self._first))}; "{self.path}" lists all: mend them, leave '
+            "them out of the index, or raise train.max_bad_fraction"
         )
 
     def _log(self, iteration: int, found: Sequence[Failure]) -> None:
