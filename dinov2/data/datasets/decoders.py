@@ -113,7 +113,7 @@ def _refuse_truncated_images() -> None:
 
 def _check_jpeg_end(data: bytes) -> None:
     """Find the end mark behind the last scan: a file whose tail was lost to zeros may decode without it."""
-    if data.rfind(JPEG_END) < data.rfind(JPEG_SCAN):
+    if not data.endswith(JPEG_END) and data.rfind(JPEG_END) < data.rfind(JPEG_SCAN):
         raise ImageReadError("cut off: the JPEG data have no end mark, the tail of the file is missing")
 
 
