@@ -77,7 +77,9 @@ def translate(error: Exception, workers: str = "") -> UserError | None:
     text = str(error)
     if isinstance(error, UserError):
         return _without_traceback(error) if "Original Traceback" in text else None
-    dead, late = _DEAD.search(text), _LATE.search(text)
+    # An iterator that waits hides the signal's news, which say what the worker died of, behind its own.
+    dead = _DEAD.search(str(error.__cause__)) or _DEAD.search(text)
+    late = _LATE.search(text)
     if dead:
         return DataLoadingError(_death(dead))
     if late:
@@ -124,7 +126,7 @@ def explained(workers: "_Workers | None" = None) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, OSError, MemoryError) as error:
+    except (UserError, RuntimeError, OSError, MemoryError) as error:
         translated = translate(error, workers.describe() if workers else "")
         if translated is None:
             raise

@@ -7,6 +7,7 @@ A worker replaces an unreadable sample (:func:`read_or_replace`) and hands the f
 
 import csv
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,11 +108,14 @@ class CollateDraws:
 
 
 def allowed_failures(limit: float, draws: int) -> float:
-    """Return how many of ``draws`` may be unreadable: ``limit * draws``, but at least ``TOLERATED``.
+    """Return how many of ``draws`` may be unreadable; limit 0 allows none.
 
-    One bad image in a first batch of 64 is no evidence for more than one in a thousand. Limit 0 allows none.
+    That is what the limit lets expect and three standard deviations of it (of a Poisson distribution), but at
+    least ``TOLERATED``. One bad image in a first batch of 64 is no evidence for more than one in a thousand;
+    in the long run the deviations vanish beside the expectation.
     """
-    return max(TOLERATED, limit * draws) if limit > 0 else 0
+    expected = limit * draws
+    return max(TOLERATED, expected + 3 * math.sqrt(expected)) if limit > 0 else 0
 
 
 class UnreadableImages:
