@@ -21,7 +21,28 @@ class DatasetError(UserError, ValueError):
 
 
 class ImageReadError(DatasetError, RuntimeError):
-    """An image file cannot be read or decoded."""
+    """The image of one sample cannot be read or decoded; training may take another sample instead.
+
+    Survives pickling, and so the way from a loader's worker to the main process.
+
+    Args:
+        message: the whole sentence.
+        path: where the image lies, e.g. a file, a slide with coordinates or a member of an archive.
+        reason: what is wrong with it, without the path; the whole message if nothing else is given.
+    """
+
+    def __init__(self, message: str = "", *, path: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+        self.reason = reason or message
+
+
+class UnreadableImagesError(DatasetError):
+    """More images are unreadable than the run tolerates."""
+
+
+class DataLoadingError(UserError, RuntimeError):
+    """Reading data failed as a whole: a worker process died or stalled, or memory or file handles ran out."""
 
 
 class WeightsError(UserError, RuntimeError):

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from dinov2 import distributed
 from dinov2.data import DataAugmentationDINO, MaskingGenerator, collate_data_and_cast, make_dataset
+from dinov2.data.loader_errors import WatchedLoader
 from dinov2.data.samplers import InfiniteSampler, ShardedInfiniteSampler
-from dinov2.data.workers import seed_worker
+from dinov2.data.unreadable import CollateDraws, Draw, read_or_replace, replacement
+from dinov2.data.workers import seed_worker, worker_options
 from dinov2.utils.device import resolve_device
 from dinov2.utils.seeding import seed_everything
 
@@ -24,7 +26,8 @@ def no_target(_: Any) -> tuple:
 class ReproducibleSamples(Dataset):
     """Seeds each sample's augmentation by where it stands in the run, not by what its worker did before.
 
-    Indexed by (position, index) pairs, as :class:`PositionSampler` yields them.
+    Indexed by (position, index) pairs, as :class:`PositionSampler` yields them. In the place of a sample that
+    can not be read stands another one, which also depends on the place alone.
 
     Args:
         dataset: map-style dataset whose transform draws from Python's, numpy's or torch's generator.
@@ -41,9 +44,27 @@ class ReproducibleSamples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
+        return self.draw(key).sample
+
+    def draw(self, key: tuple[int, int]) -> Draw:
+        """Return the sample of a place together with what could not be read there."""
         position, index = key
-        seed_everything(self.seed, self.rank, position)
-        return self.dataset[index]
+
+        def read(index: int) -> Any:
+            seed_everything(self.seed, self.rank, position)
+            return self.dataset[index]
+
+        def replace(attempt: int) -> int:
+            return replacement(self.seed, self.rank, position, attempt, len(self.dataset))
+
+        return read_or_replace(read, index, replace)
+
+
+class ReproducibleDraws(ReproducibleSamples):
+    """The same samples for the loader: what could not be read travels with them to the main process."""
+
+    def __getitem__(self, key: tuple[int, int]) -> Draw:
+        return self.draw(key)
 
 
 class PositionSampler(Sampler):
@@ -112,11 +133,12 @@ def build_sampler(cfg: DictConfig, dataset: Dataset, start_iteration: int) -> Po
 
 def build_data_loader(
     cfg: DictConfig, dataset: Dataset, start_iteration: int, dtype: torch.dtype = torch.float32
-) -> DataLoader:
+) -> WatchedLoader:
     """Return the endless loader of this rank's batches, from the batch of ``start_iteration`` on.
 
     Order and augmentation are functions of ``train.seed``, the rank and the position in the run alone, so a
-    resumed run sees what it would have seen. The number of loader workers changes nothing.
+    resumed run sees what it would have seen. The number of loader workers changes nothing. Batches in which
+    samples had to be replaced have the entry ``unreadable_images``, see :mod:`dinov2.data.unreadable`.
 
     Args:
         cfg: resolved config.
@@ -124,15 +146,18 @@ def build_data_loader(
         start_iteration: iterations already done.
         dtype: number format of the crops.
     """
-    num_workers = cfg.train.num_workers
-    return DataLoader(
-        ReproducibleSamples(dataset, cfg.train.seed, distributed.get_global_rank()),
+    return WatchedLoader(
+        ReproducibleDraws(dataset, cfg.train.seed, distributed.get_global_rank()),
         sampler=build_sampler(cfg, dataset, start_iteration),
         batch_size=cfg.train.batch_size_per_gpu,
-        num_workers=num_workers,
         pin_memory=resolve_device(cfg.train.device).type == "cuda",
         drop_last=True,
-        persistent_workers=num_workers > 0,
-        collate_fn=build_collate(cfg, dtype),
+        collate_fn=CollateDraws(build_collate(cfg, dtype)),
         worker_init_fn=seed_worker,
+        **worker_options(
+            cfg.train.num_workers,
+            timeout=cfg.train.worker_timeout,
+            prefetch_factor=cfg.train.prefetch_factor,
+            start_method=cfg.train.worker_start_method,
+        ),
     )

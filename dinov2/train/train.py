@@ -27,6 +27,8 @@ from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
 from dinov2 import distributed
+from dinov2.data.loader_errors import explained
+from dinov2.data.unreadable import UNREADABLE, UnreadableImages
 from dinov2.errors import ConfigError, UserError, WeightsError
 from dinov2.fsdp import FSDPCheckpointer
 from dinov2.logging import MetricLogger
@@ -76,6 +78,7 @@ class StepResult:
     losses: dict[str, float]  # DINOv2's entries, then total_loss: the value that was minimised
     grad_norms: dict[str, float]  # per student submodule, before clipping
     stepped: bool  # False if the gradient scaler skipped the step
+    unreadable: int  # images that had to be replaced in the batches of all ranks, their sum
 
 
 def train_step(
@@ -86,6 +89,7 @@ def train_step(
     clip_grad: float | None,
 ) -> StepResult:
     """Do one optimizer step and move the teacher; nothing moves if a loss or gradient is not finite."""
+    unreadable = torch.tensor(float(len(images.get(UNREADABLE, ()))), device=model.device)
     apply_optim_scheduler(
         optimizer,
         values.lr,
@@ -99,7 +103,8 @@ def train_step(
     model.backprop_loss(losses.total)
     average_gradients(model.student.parameters())
     # Read only now: waiting for the values before the backward pass would leave a GPU idle.
-    reduced = reduce_losses({**losses.logged, "total_loss": losses.total.detach()})
+    reduced = reduce_losses({**losses.logged, "total_loss": losses.total.detach(), UNREADABLE: unreadable})
+    unreadable_sum = round(reduced.pop(UNREADABLE) * distributed.get_global_size())
     _require_finite(reduced, "loss")
     if model.fp16_scaler is not None:
         model.fp16_scaler.unscale_(optimizer)
@@ -107,7 +112,7 @@ def train_step(
     stepped = _step_optimizer(model, optimizer, norms)
     if stepped:
         model.update_teacher(values.momentum)
-    return StepResult(reduced, norms, stepped)
+    return StepResult(reduced, norms, stepped, unreadable_sum)
 
 
 def _step_optimizer(
@@ -152,6 +157,7 @@ def do_test(cfg: DictConfig, model: SSLMetaArch, iteration: str | int) -> None:
     logger.info("exported teacher and student to %s", folder)
 
 
+@explained()
 def do_train(
     cfg: DictConfig, model: SSLMetaArch, resume: bool = False, *, dataset: Dataset | None = None
 ) -> dict[str, float]:
@@ -169,6 +175,8 @@ def do_train(
     Raises:
         NonFiniteLossError: naming iteration and losses; the last checkpoint is intact.
         SelfCheckError: the run would not do what its config says (``train.self_check`` stop).
+        UnreadableImagesError: more images than ``train.max_bad_fraction`` are unreadable.
+        DataLoadingError: a data loading process died or gave nothing for ``train.worker_timeout`` seconds.
     """
     model.train()
     dataset = build_dataset(cfg) if dataset is None else dataset
@@ -217,6 +225,7 @@ def do_train(
         start_iteration,
         images_per_iteration=images_per_iteration,
     )
+    unreadable = UnreadableImages(cfg.train.output_dir, cfg.train.max_bad_fraction)
     skipped_in_a_row = 0
     for iteration, images in enumerate(batches, start=start_iteration):
         # The step's own randomness (stochastic depth) depends on where the run stands, not on its history.
@@ -232,6 +241,11 @@ def do_train(
                 f"Iteration {iteration}: {error}; no weights were changed by it. Resume from the last "
                 "checkpoint with a lower optim.base_lr, or use bf16 or fp32 in compute_precision."
             ) from None
+        unreadable.update(
+            iteration, images.get(UNREADABLE, ()), samples=images_per_iteration, total=result.unreadable
+        )
+        if iteration % cfg.train.log_period == 0 or iteration == max_iterations - 1:
+            unreadable.report()
         metrics.update(
             lr=values.lr,
             wd=values.weight_decay,

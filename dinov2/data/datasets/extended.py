@@ -1,13 +1,20 @@
 """The base of all datasets here: encoded image + label -> decoded -> transformed."""
 
+import lzma
+import struct
+import tarfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
-from PIL import UnidentifiedImageError
 from torchvision.datasets import VisionDataset
 
 from dinov2.data.datasets.decoders import Decoder, ImageDataDecoder, TargetDecoder
-from dinov2.errors import ImageReadError
+from dinov2.data.loader_errors import lacking_resource
+from dinov2.errors import DataLoadingError, ImageReadError, UserError
+
+# What reading and unpacking raise when the stored data are at fault. Other errors are the program's own.
+UNREADABLE = (OSError, EOFError, ValueError, struct.error, zlib.error, lzma.LZMAError, tarfile.TarError)
 
 
 class ExtendedVisionDataset(VisionDataset):
@@ -52,24 +59,44 @@ class ExtendedVisionDataset(VisionDataset):
         """Return the transformed image and target.
 
         Raises:
-            ImageReadError: (a RuntimeError) the image can not be read; names the sample and its path.
+            ImageReadError: (a RuntimeError) the image can not be read; names the sample, its path and the
+                reason.
+            DataLoadingError: the machine has no memory or no free file handle left.
+            RuntimeError: an error of the program, not of the image, while it was read.
         """
         try:
             image = self.image_decoder(self.get_image_data(index)).decode()
         except Exception as error:
-            raise ImageReadError(self._unreadable(index, error)) from error
+            if isinstance(error, UserError) and not isinstance(error, ImageReadError):
+                raise  # an index that is missing, say
+            # The decoder's own words are in the message; the cause is what Pillow or the system said.
+            raise self._explained(index, error) from (error.__cause__ or error)
         target = self.target_decoder(self.get_target(index)).decode()
         if self.transforms is not None:
             image, target = self.transforms(image, target)
         return image, target
 
-    def _unreadable(self, index: int, error: Exception) -> str:
+    def _explained(self, index: int, error: Exception) -> Exception:
+        """Return what to raise; only an :class:`ImageReadError` blames the image."""
+        path = getattr(error, "path", "") or self._path_or_nothing(index)
+        sample = f"can not read image for sample {index}{f' ({path})' if path else ''}"
+        advice = lacking_resource(error)
+        if advice:
+            return DataLoadingError(f"{sample}: {advice}")
+        if isinstance(error, ImageReadError):
+            return ImageReadError(f"{sample}: {error.reason}", path=path, reason=error.reason)
+        reason = f"{type(error).__name__}: {_without_path(error)}"
+        if isinstance(error, UNREADABLE):
+            return ImageReadError(f"{sample}: {reason}", path=path, reason=reason)
+        return RuntimeError(f"{sample}: {reason}")
+
+    def _path_or_nothing(self, index: int) -> str:
         try:
-            path = self.get_image_path(index)
+            return self.get_image_path(index)
         except Exception:  # the place itself may be what is wrong; the first error says so
-            path = ""
-        where = f" ({path})" if path else ""
-        # Pillow names the buffer it was given, which tells a user nothing.
-        unknown = isinstance(error, UnidentifiedImageError)
-        why = "empty, truncated or no image at all" if unknown else f"{type(error).__name__}: {error}"
-        return f"can not read image for sample {index}{where}: {why}"
+            return ""
+
+
+def _without_path(error: Exception) -> str:
+    """The system's words alone: the path stands in front of them already."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dinov2 import distributed
-from dinov2.errors import ImageReadError
+from dinov2.errors import DatasetError
 from dinov2.loss.centering import CenteredLoss
 from dinov2.train.initial_weights import InitialWeights
 from dinov2.train.input import ReproducibleSamples, build_collate, build_sampler
@@ -88,27 +88,31 @@ def find_start(
 ) -> Start:
     """Fetch the first images of this process's stream, as the loader would.
 
+    An unreadable one is replaced as it will be in the run, which counts it. Tiles without a digest are left
+    out of the comparison.
+
     Raises:
-        DatasetError: an image cannot be read.
+        DatasetError: none of the images can be read.
     """
     sampler = build_sampler(cfg, dataset, start_iteration)
     keys = list(islice(sampler, min(IMAGES_COMPARED, cfg.train.batch_size_per_gpu)))
     samples = ReproducibleSamples(dataset, cfg.train.seed, distributed.get_global_rank())
     collate = build_collate(cfg, model.precision.input_dtype)
     images = collate([samples[key] for key in keys[:IMAGES_RUN]])
-    tiles = [(index, _digest(dataset, index)) for _, index in keys]
+    digests = [(index, _digest(dataset, index)) for _, index in keys]
+    tiles = [(index, digest) for index, digest in digests if digest]
     return Start(cfg, model, optimizer, dataset, initial, start_iteration, continues, tiles, images)
 
 
 def _digest(dataset: Any, index: int) -> str:
-    """A digest of a tile's file, or of its first crop drawn from fixed random numbers."""
-    if not hasattr(dataset, "get_image_data"):
-        crops = ReproducibleSamples(dataset, seed=0, rank=0)[(0, index)][0]
-        return hashlib.sha256(crops["global_crops"][0].contiguous().numpy().tobytes()).hexdigest()
+    """A digest of a tile's file, or of its first crop from fixed random numbers; empty if unreadable."""
     try:
-        return hashlib.sha256(dataset.get_image_data(index)).hexdigest()
-    except OSError as error:
-        raise ImageReadError(f"can not read image for sample {index}: {error}") from error
+        if hasattr(dataset, "get_image_data"):
+            return hashlib.sha256(dataset.get_image_data(index)).hexdigest()
+        crops = ReproducibleSamples(dataset, seed=0, rank=0)[(0, index)][0]
+    except (OSError, DatasetError):
+        return ""
+    return hashlib.sha256(crops["global_crops"][0].contiguous().numpy().tobytes()).hexdigest()
 
 
 def run_student(start: Start) -> Passes:

@@ -1,0 +1,297 @@
+"""Workers that die, stall or lack something: real processes, real signals, one sentence each."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from dinov2.data.loader_errors import WatchedLoader, explained, lacking_resource, translate
+from dinov2.data.workers import worker_options
+from dinov2.errors import ConfigError, DataLoadingError, DatasetError, ImageReadError
+from tests.conftest import REPO
+
+
+class Tiles(torch.utils.data.Dataset):
+    """Item 5 does something to its process first."""
+
+    def __init__(self, mishap=None, argument=None):
+        self.mishap, self.argument = mishap, argument
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        if index == 5 and self.mishap is not None:
+            self.mishap(self.argument)
+        return torch.tensor(index)
+
+
+def send_myself(number):
+    os.kill(os.getpid(), number)
+    time.sleep(60)  # a signal that is handled elsewhere may take its time
+
+
+def read(path):
+    return path.read_bytes()
+
+
+def fail(error):
+    raise error
+
+
+def loader(mishap=None, argument=None, workers=2, timeout=60, **options):
+    options = worker_options(workers, timeout=timeout, prefetch_factor=2, start_method="default") | options
+    return WatchedLoader(Tiles(mishap, argument), batch_size=4, **options)
+
+
+def failure_of(batches, kind=DataLoadingError):
+    with pytest.raises(kind) as caught:
+        list(batches)
+    assert type(caught.value) is kind
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "Traceback" not in text
+    return text
+
+
+def worker_pids(text):
+    return [int(pid) for pid in re.findall(r"process (\d+)", text)]
+
+
+def is_gone(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_healthy_loader_gives_what_pytorch_gives(workers):
+    batches = iter(loader(workers=workers))
+    assert len(batches) == 16
+    assert torch.cat(list(batches)).tolist() == list(range(64))
+    twice = loader(workers=workers)
+    assert [len(list(twice)) for _ in range(2)] == [16, 16]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGKILL, ["ended from outside (signal Killed)", "memory", "train.num_workers"]),
+        (signal.SIGBUS, ["bus error", "/dev/shm", "--shm-size", "train.prefetch_factor"]),
+        (signal.SIGSEGV, ["died (signal Segmentation fault)", "train.num_workers=0"]),
+    ],
+)
+def test_a_worker_that_dies_of_a_signal(number, words):
+    text = failure_of(loader(send_myself, number))
+    assert len(worker_pids(text)) == 1
+    assert all(word in text for word in words), text
+
+
+def test_a_worker_that_leaves():
+    text = failure_of(loader(os._exit, 3))
+    assert "ended by itself (unexpectedly with exit code 3)" in text
+
+
+def test_a_worker_killed_while_the_main_process_computes():
+    """The news arrives as a signal, at whatever line the main process is."""
+
+    @explained()
+    def train():
+        batches = loader(workers=1)
+        iterator = iter(batches)
+        next(iterator)
+        os.kill(iterator._workers._processes[0].pid, signal.SIGKILL)
+        for _ in range(600):
+            time.sleep(0.05)
+        raise AssertionError("nobody told")
+
+    with pytest.raises(DataLoadingError, match="signal Killed"):
+        train()
+
+
+def test_a_stopped_worker_is_named_and_left_behind():
+    begun = iter(loader(timeout=3))
+    stopped = begun._workers._processes[0].pid
+    os.kill(stopped, signal.SIGSTOP)
+    text = failure_of(begun)
+    assert f"process {stopped} is stopped by a signal and owes the next batch" in text
+    assert "gave no batch for 3 s (train.worker_timeout)" in text
+    assert "storage" in text
+    assert len(worker_pids(text)) == 2
+    assert all(is_gone(pid) for pid in worker_pids(text))
+
+
+def test_storage_that_does_not_answer(tmp_path):
+    """A pipe nobody writes to blocks its reader as a file system that stalls does."""
+    os.mkfifo(tmp_path / "stalled.jpeg")
+    text = failure_of(loader(read, tmp_path / "stalled.jpeg", timeout=3))
+    assert "is waiting and owes the next batch" in text
+    assert all(is_gone(pid) for pid in worker_pids(text))
+
+
+SCRIPT = """
+import logging, os, signal, sys
+from dinov2 import cli
+from tests.data.test_loader_errors import loader
+
+def main():
+    batches = iter(loader(timeout=3))
+    os.kill(batches._workers._processes[1].pid, signal.SIGSTOP)
+    for _ in batches:
+        pass
+
+cli.run(main)
+"""
+
+
+def test_a_program_with_a_stopped_worker_ends():
+    """PyTorch's own loader would wait for the worker at the end of the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the data loading processes gave no batch for 3 s")
+    assert "Traceback" not in done.stderr
+
+
+def test_another_loader_works_after_a_failure():
+    failure_of(loader(send_myself, signal.SIGKILL))
+    assert len(list(loader())) == 16
+    assert "signal Killed" in failure_of(loader(send_myself, signal.SIGKILL))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_ours_come_through_as_they_are(workers):
+    cause = ImageReadError("can not read image for sample 5 (/a.png): cut off")
+    assert failure_of(loader(fail, cause, workers), ImageReadError) == str(cause)
+    assert failure_of(loader(fail, ConfigError("a key is wrong"), workers), ConfigError) == "a key is wrong"
+
+
+def test_a_loader_goes_on_after_an_unreadable_image():
+    """As PyTorch's does, for who catches the error."""
+    batches = iter(loader(fail, ImageReadError("cut off"), workers=1))
+    next(batches)
+    with pytest.raises(ImageReadError):
+        next(batches)
+    assert torch.cat(list(batches)).tolist() == list(range(8, 64))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [TypeError("of the program"), RuntimeError("shape mismatch")])
+def test_errors_of_the_program_keep_their_traceback(workers, error):
+    with pytest.raises(type(error), match=str(error)) as caught:
+        list(loader(fail, error, workers))
+    assert "fail" in (str(caught.value) if workers else str(caught.traceback[-1].name))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_and_file_handles(workers):
+    assert "ulimit -n" in failure_of(
+        loader(fail, DataLoadingError("x: raise the limit (ulimit -n)"), workers)
+    )
+
+
+HANDLES = """
+import resource, sys
+from dinov2 import cli
+from tests.data.test_loader_errors import loader
+
+def main():
+    batches = loader(workers=1, prefetch_factor=40)
+    kept = [next(iter(loader(workers=0)))]  # everything that is opened once is open
+    iterator = iter(batches)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (24, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    kept += iterator
+
+cli.run(main)
+"""
+
+
+@pytest.mark.slow
+def test_a_low_limit_of_open_files_is_explained():
+    done = subprocess.run(
+        [sys.executable, "-c", HANDLES],
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 1, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "ulimit -n" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "word"),
+    [
+        (RuntimeError("unable to write to file </torch_7_1>: No space left on device (28)"), "/dev/shm"),
+        (
+            RuntimeError("unable to mmap 602112 bytes from file </torch_7_1>: Cannot allocate memory"),
+            "/dev/shm",
+        ),
+        (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+        (RuntimeError("Too many open files. Communication with the workers is no longer"), "ulimit -n"),
+        (OSError(24, "Too many open files"), "ulimit -n"),
+        (OSError(12, "Cannot allocate memory"), "train.prefetch_factor"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "ulimit -u"),
+        (RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly"), "process 12, 13 ended"),
+    ],
+)
+def test_wordings_of_pytorch_and_the_system(error, word):
+    translated = translate(error)
+    assert type(translated) is DataLoadingError
+    assert word in str(translated)
+
+
+def test_other_errors_are_not_explained_away():
+    for error in (RuntimeError("CUDA error"), OSError(2, "No such file"), ValueError("x"), DatasetError("y")):
+        assert translate(error) is None
+    assert lacking_resource(MemoryError())
+    assert not lacking_resource(KeyError())
+    for passing in (KeyboardInterrupt, StopIteration, GeneratorExit, SystemExit):
+        with pytest.raises((passing, RuntimeError)) as caught, explained():
+            raise passing
+        assert caught.type is passing or isinstance(caught.value.__cause__, passing)
+
+
+def test_iterating_in_a_thread_is_possible():
+    """Signal handlers belong to the main thread alone."""
+    texts = []
+    thread = threading.Thread(target=lambda: texts.append(failure_of(loader(fail, DataLoadingError("x"), 1))))
+    thread.start()
+    thread.join(120)
+    assert texts == ["x"]
+
+
+def test_worker_options():
+    given = worker_options(3, timeout=5.0, prefetch_factor=4, start_method="spawn")
+    assert given == {
+        "num_workers": 3,
+        "persistent_workers": True,
+        "timeout": 5.0,
+        "prefetch_factor": 4,
+        "multiprocessing_context": "spawn",
+    }
+    default = worker_options(3, timeout=5.0, prefetch_factor=None, start_method="default")
+    assert default["multiprocessing_context"] is None
+
+
+def test_without_workers_it_says_that_nothing_limits_the_wait(caplog):
+    with caplog.at_level("INFO", logger="dinov2"):
+        assert worker_options(0, timeout=5.0, prefetch_factor=4, start_method="spawn") == {"num_workers": 0}
+    assert "without train.worker_timeout" in caplog.text
