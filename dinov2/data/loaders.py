@@ -13,6 +13,7 @@ from dinov2 import distributed
 from dinov2.data.dataset_string import parse_dataset_string
 from dinov2.data.datasets import NCTCRC, ImageFolder, ImageNet, ImageNet22k, Pathology
 from dinov2.data.datasets.CustomImageDataset import CustomImageDataset
+from dinov2.data.pass_orders import has_recorded_order
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
 from dinov2.data.workers import seed_worker, worker_generator
 from dinov2.errors import ConfigError, DatasetError, nearest
@@ -126,6 +127,10 @@ def _make_sampler(
     order = {"shuffle": shuffle, "seed": seed}
     if sampler_type is SamplerType.DISTRIBUTED:
         replicas, rank = distributed.get_global_size(), distributed.get_global_rank()
+        if not has_recorded_order(sample_count):
+            # PyTorch's sampler lists all indices; this one deals the same ones, rounded up to equal shares.
+            padded = -(-sample_count // replicas) * replicas
+            return EpochSampler(size=padded, sample_count=sample_count, **order)
         return DistributedSampler(dataset, replicas, rank, **order, drop_last=False)
     if sampler_type is SamplerType.EPOCH:
         size = size if size > 0 else sample_count

@@ -1,7 +1,9 @@
 """Index streams for distributed training, in the orders that upstream DINOv2 draws them.
 
 Process ``start`` of ``step`` takes every ``step``-th index. The endless streams restart at their beginning
-each time they are iterated; a resumed run asks for a stream that starts further on (``advance``).
+each time they are iterated; a resumed run asks for a stream that starts further on (``advance``). Above
+``RECORDED_ORDER_LIMIT`` samples, more than upstream's code serves well, the orders are others, which cost no
+memory (see :mod:`dinov2.data.pass_orders`).
 """
 
 import itertools
@@ -9,24 +11,30 @@ import logging
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from torch.utils.data import Sampler
 
 from dinov2 import distributed
+from dinov2.data.pass_orders import (
+    RECORDED_ORDER_LIMIT,
+    Order,
+    SharedPasses,
+    WholePasses,
+    draw,
+    epoch_order,
+    has_recorded_order,
+)
 from dinov2.errors import DatasetError
-from dinov2.utils.seeding import derive_seed
+
+__all__ = ["RECORDED_ORDER_LIMIT", "EpochSampler", "InfiniteSampler", "ShardedInfiniteSampler"]
 
 logger = logging.getLogger("dinov2")
-
-# Indices are turned into Python integers in pieces of this size: a list of a whole pass over millions of
-# samples would need ten times the memory of the array.
-CHUNK = 1 << 16
 
 
 class EpochSampler(Sampler[int]):
     """One finite epoch of ``size`` indices, shared between the processes.
 
-    With ``size`` above ``sample_count`` indices repeat, each equally often up to one.
+    With ``size`` above ``sample_count`` indices repeat. Orders above the limit mix seed and epoch always, and
+    repeat every index equally often up to one.
 
     Args:
         size: indices per epoch over all processes.
@@ -63,15 +71,21 @@ class EpochSampler(Sampler[int]):
         return (self._size - self._start + self._step - 1) // self._step
 
     def __iter__(self) -> Iterator[int]:
-        repeats = -(-self._size // self._sample_count)
-        order = np.tile(np.arange(self._sample_count), repeats)
-        if self._shuffle:
-            order = np.random.default_rng(self._epoch_seed()).choice(order, self._size, replace=False)
-        return _integers(order[self._start : self._size : self._step])
+        return draw(self._order(), range(self._start, self._size, self._step))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration has."""
         self._epoch = epoch
+
+    def _order(self) -> Order:
+        count = self._sample_count
+        if not self._shuffle:
+            return lambda places: places % count
+        repeats = -(-self._size // count)
+        if not has_recorded_order(repeats * count):
+            return epoch_order(count, self._seed, self._epoch)
+        order = np.tile(np.arange(count), repeats)
+        return np.random.default_rng(self._epoch_seed()).choice(order, self._size, replace=False).take
 
     def _epoch_seed(self) -> int | list[int]:
         if self._seed == 0:
@@ -89,7 +103,7 @@ class InfiniteSampler(Sampler[int]):
         start: first position of a pass that this process takes; None means its rank.
         step: stride between its positions; None means the number of processes.
         advance: indices of this process's stream to leave out at the beginning, that is the number of
-            samples it has drawn already. Left-out passes only draw their random numbers.
+            samples it has drawn already. Left-out passes of a recorded order draw their random numbers.
 
     Raises:
         DatasetError: there are fewer samples than processes.
@@ -113,27 +127,12 @@ class InfiniteSampler(Sampler[int]):
         _check_sample_count(sample_count, self._step)
 
     def __iter__(self) -> Iterator[int]:
-        per_pass = len(range(self._start, self._sample_count, self._step))
-        skipped_passes, offset = divmod(self._advance, per_pass)
-        generator = torch.Generator().manual_seed(self._seed)
-        if self._shuffle:
-            for _ in range(skipped_passes):
-                torch.empty(self._sample_count, dtype=_index_dtype(self._sample_count)).random_(
-                    generator=generator
-                )
-        while True:
-            order = self._order(generator)[self._start :: self._step]
-            yield from _integers(order[offset:])
+        passes = WholePasses(self._sample_count, self._shuffle, self._seed)
+        places = range(self._start, self._sample_count, self._step)
+        first_pass, offset = divmod(self._advance, len(places))
+        for number in itertools.count(first_pass):
+            yield from draw(passes.order(number), places[offset:])
             offset = 0
-
-    def _order(self, generator: torch.Generator) -> np.ndarray:
-        """The next pass; the recorded order draws one number per sample, the last of which is moot."""
-        dtype = _index_dtype(self._sample_count)
-        if not self._shuffle:
-            return torch.arange(self._sample_count, dtype=dtype).numpy()
-        order = torch.randperm(self._sample_count, dtype=dtype, generator=generator)
-        torch.randint(1, (1,), generator=generator)
-        return order.numpy()
 
 
 class ShardedInfiniteSampler(Sampler[int]):
@@ -173,47 +172,26 @@ class ShardedInfiniteSampler(Sampler[int]):
         advance_per_rank: bool = False,
         reshuffle_globally: bool = False,
     ) -> None:
-        self._sample_count = sample_count
-        self._shuffle = shuffle
-        self._seed = seed
         self._start, self._step = _share(start, step)
-        self._shuffle_share = _shuffle_by_permutation if use_new_shuffle_tensor_slice else _shuffle_inside_out
-        self._reshuffle_globally = reshuffle_globally
         _check_sample_count(sample_count, self._step)
-        per_pass = len(range(self._start, sample_count, self._step))
-        if shuffle:
-            per_pass = sample_count // self._step
-            left_out = sample_count % self._step
-            if left_out and not reshuffle_globally:
-                logger.warning(
-                    "%d of %d samples are never drawn: they do not divide evenly between %d processes",
-                    *(left_out, sample_count, self._step),
-                )
-        self._first_pass, self._offset = divmod(advance, per_pass if advance_per_rank else sample_count)
-        self._per_pass = per_pass
+        self._options = (sample_count, shuffle, seed, use_new_shuffle_tensor_slice, reshuffle_globally)
+        self._per_pass = SharedPasses(*self._options).length(self._start, self._step)
+        left_out = sample_count % self._step
+        if shuffle and left_out and not reshuffle_globally:
+            logger.warning(
+                "%d of %d samples are never drawn: they do not divide evenly between %d processes",
+                *(left_out, sample_count, self._step),
+            )
+        passes, rest = divmod(advance, self._per_pass if advance_per_rank else sample_count)
+        more_passes, self._offset = divmod(rest, self._per_pass)
+        self._first_pass = passes + more_passes
 
     def __iter__(self) -> Iterator[int]:
-        offset = self._offset
-        deal = None
+        passes, offset = SharedPasses(*self._options), self._offset
         for number in itertools.count(self._first_pass):
-            if deal is None or (self._shuffle and self._reshuffle_globally):
-                deal = self._deal(number)
-            share = deal[self._start :: self._step][: self._per_pass]
-            if self._shuffle:
-                # Upstream's formula; only the low 32 bits of a seed count in either generator.
-                share = self._shuffle_share(share, self._seed + self._start + (number << 24))
-            yield from _integers(share[offset:])
-            offset = max(0, offset - self._per_pass)
-
-    def _deal(self, number: int) -> np.ndarray:
-        """All samples in the order in which they are dealt; pass 0 has the recorded one."""
-        dtype = _index_dtype(self._sample_count)
-        if not self._shuffle:
-            return torch.arange(self._sample_count, dtype=dtype).numpy()
-        dealt_anew = self._reshuffle_globally and number > 0
-        seed = derive_seed(self._seed, number) if dealt_anew else self._seed
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randperm(self._sample_count, dtype=dtype, generator=generator).numpy()
+            order = passes.order(number, self._start, self._step)
+            yield from draw(order, range(offset, self._per_pass))
+            offset = 0
 
 
 def _share(start: int | None, step: int | None) -> tuple[int, int]:
@@ -230,35 +208,3 @@ def _check_sample_count(sample_count: int, processes: int) -> None:
             f"the dataset has {sample_count} samples, but at least {processes} are needed, one for each "
             "process: add images or start fewer processes"
         )
-
-
-def _index_dtype(sample_count: int) -> torch.dtype:
-    return torch.int32 if sample_count <= 2**31 else torch.int64
-
-
-def _integers(order: np.ndarray) -> Iterator[int]:
-    for begin in range(0, len(order), CHUNK):
-        yield from order[begin : begin + CHUNK].tolist()
-
-
-def _shuffle_by_permutation(share: np.ndarray, seed: int) -> np.ndarray:
-    generator = torch.Generator().manual_seed(seed)
-    return share[torch.randperm(len(share), generator=generator).numpy()]
-
-
-def _shuffle_inside_out(share: np.ndarray, seed: int) -> np.ndarray:
-    """Fisher-Yates, inside-out form: item i goes to a random one of the places 0..i and evicts its holder.
-
-    numpy's ``RandomState`` and torch's CPU generator are the same Mersenne Twister, so one call draws what
-    upstream draws one by one.
-    """
-    shuffled = share.copy()
-    cells = memoryview(shuffled)  # faster for single items than the array, and no larger, unlike a list
-    generator = np.random.RandomState(seed % 2**32)
-    for begin in range(1, len(share), CHUNK):
-        items = range(begin, min(begin + CHUNK, len(share)))
-        draws = generator.randint(0, 2**32, size=len(items), dtype=np.uint32)
-        places = draws % np.arange(items.start + 1, items.stop + 1, dtype=np.uint32)
-        for item, place in zip(items, places.tolist(), strict=True):
-            cells[item], cells[place] = cells[place], cells[item]
-    return shuffled

@@ -1,6 +1,6 @@
 """From the config to an endless stream of collated batches, the same one after a resume."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,8 @@ from torch.utils.data import Dataset, Sampler
 
 from dinov2 import distributed
 from dinov2.data import DataAugmentationDINO, MaskingGenerator, collate_data_and_cast, make_dataset
+from dinov2.data.data_order import DataOrder
 from dinov2.data.loader_errors import WatchedLoader
-from dinov2.data.samplers import InfiniteSampler, ShardedInfiniteSampler
 from dinov2.data.unreadable import CollateDraws, Draw, read_or_replace, replacement
 from dinov2.data.workers import seed_worker, worker_options
 from dinov2.utils.device import resolve_device
@@ -68,7 +68,7 @@ class ReproducibleDraws(ReproducibleSamples):
 
 
 class PositionSampler(Sampler):
-    """Pairs the indices of an endless sampler with their position in this rank's stream."""
+    """Pairs the indices of an endless sampler with their position among all that this rank draws in a run."""
 
     def __init__(self, sampler: Sampler, first_position: int) -> None:
         self.sampler = sampler
@@ -115,40 +115,60 @@ def build_collate(cfg: DictConfig, dtype: torch.dtype = torch.float32) -> partia
     )
 
 
-def build_sampler(cfg: DictConfig, dataset: Dataset, start_iteration: int) -> PositionSampler:
-    """Return this rank's endless order of tiles, from the batch of ``start_iteration`` on."""
-    first_position = start_iteration * cfg.train.batch_size_per_gpu
-    shared = {
-        "sample_count": len(dataset),
-        "shuffle": True,
-        "seed": cfg.train.seed,
-        "advance": first_position,
-    }
-    if cfg.train.sampler_type == "infinite":
-        sampler = InfiniteSampler(**shared)
-    else:
-        sampler = ShardedInfiniteSampler(**shared, advance_per_rank=True)
-    return PositionSampler(sampler, first_position)
+def find_order(
+    cfg: DictConfig, dataset: Dataset, start_iteration: int, stored: Mapping[str, Any] | None = None
+) -> DataOrder:
+    """Return which tiles the run draws, from the batch of ``start_iteration`` on.
+
+    Args:
+        cfg: resolved config.
+        dataset: what :func:`build_dataset` returns.
+        start_iteration: iterations already done.
+        stored: ``data_order`` of the checkpoint that the run goes on from. Without it, those iterations count
+            as done with the present batch size and number of processes.
+    """
+    order = DataOrder(cfg.train.sampler_type, cfg.train.seed, len(dataset))
+    if stored is not None:
+        return order.continued(stored)
+    drawn = start_iteration * cfg.train.batch_size_per_gpu
+    return order.advanced(distributed.get_global_size(), drawn)
+
+
+def build_sampler(
+    cfg: DictConfig, dataset: Dataset, start_iteration: int, *, order: DataOrder | None = None
+) -> PositionSampler:
+    """Return this rank's endless order of tiles, from the batch of ``start_iteration`` on, see find_order."""
+    order = find_order(cfg, dataset, start_iteration) if order is None else order
+    sampler = order.sampler(distributed.get_global_rank(), distributed.get_global_size())
+    return PositionSampler(sampler, order.position)
 
 
 def build_data_loader(
-    cfg: DictConfig, dataset: Dataset, start_iteration: int, dtype: torch.dtype = torch.float32
+    cfg: DictConfig,
+    dataset: Dataset,
+    start_iteration: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    order: DataOrder | None = None,
 ) -> WatchedLoader:
     """Return the endless loader of this rank's batches, from the batch of ``start_iteration`` on.
 
     Order and augmentation are functions of ``train.seed``, the rank and the position in the run alone, so a
-    resumed run sees what it would have seen. The number of loader workers changes nothing. Batches in which
-    samples had to be replaced have the entry ``unreadable_images``, see :mod:`dinov2.data.unreadable`.
+    resumed run sees what it would have seen. The number of loader workers changes nothing. After a change of
+    the number of processes the run goes on with what they had not drawn (:mod:`dinov2.data.data_order`).
+    Batches in which samples had to be replaced have the entry ``unreadable_images``, see
+    :mod:`dinov2.data.unreadable`.
 
     Args:
         cfg: resolved config.
         dataset: what :func:`build_dataset` returns.
         start_iteration: iterations already done.
         dtype: number format of the crops.
+        order: what :func:`find_order` returns, by default for a run without a checkpoint.
     """
     return WatchedLoader(
         ReproducibleDraws(dataset, cfg.train.seed, distributed.get_global_rank()),
-        sampler=build_sampler(cfg, dataset, start_iteration),
+        sampler=build_sampler(cfg, dataset, start_iteration, order=order),
         batch_size=cfg.train.batch_size_per_gpu,
         pin_memory=resolve_device(cfg.train.device).type == "cuda",
         drop_last=True,

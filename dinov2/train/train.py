@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
 from dinov2 import distributed
+from dinov2.data.data_order import DataOrder
 from dinov2.data.loader_errors import explained
 from dinov2.data.unreadable import UNREADABLE, UnreadableImages
 from dinov2.errors import ConfigError, UserError, WeightsError
@@ -36,7 +37,7 @@ from dinov2.train.arguments import get_args_parser
 from dinov2.train.export import export_networks
 from dinov2.train.freezing import BackboneStart
 from dinov2.train.initialization import settle_config, write_reports
-from dinov2.train.input import build_data_loader, build_dataset
+from dinov2.train.input import build_data_loader, build_dataset, find_order
 from dinov2.train.optimizer import (
     apply_optim_scheduler,
     average_gradients,
@@ -205,7 +206,8 @@ def do_train(
         logger.warning(
             "a batch of %d images repeats some of the %d tiles", images_per_iteration, len(dataset)
         )
-    restored.checkpointer.rehearse(iteration=start_iteration)
+    order = find_order(cfg, dataset, start_iteration, restored.data_order)
+    restored.checkpointer.rehearse(iteration=start_iteration, data_order=order.state())
     check = run_self_check(
         cfg,
         model,
@@ -214,9 +216,10 @@ def do_train(
         initial=model.initial_weights,
         start_iteration=start_iteration,
         continues=restored.continues,
+        order=order,
     )
     enforce(check, cfg.train.self_check)
-    loader = build_data_loader(cfg, dataset, start_iteration, model.precision.input_dtype)
+    loader = build_data_loader(cfg, dataset, start_iteration, model.precision.input_dtype, order=order)
     batches = metrics.log_every(
         loader,
         cfg.train.log_period,
@@ -257,7 +260,15 @@ def do_train(
             **{"total_loss": result.losses["total_loss"], **result.losses},
             **{f"grad_norm_{name}": norm for name, norm in result.grad_norms.items()},
         )
-        save_if_due(cfg, model, restored.checkpointer, iteration, is_last=iteration == max_iterations - 1)
+        drawn = (iteration + 1 - start_iteration) * cfg.train.batch_size_per_gpu
+        save_if_due(
+            cfg,
+            model,
+            restored.checkpointer,
+            iteration,
+            is_last=iteration == max_iterations - 1,
+            order=order.advanced(world_size, drawn),
+        )
 
     metrics.synchronize_between_processes()
     return {name: meter.global_avg for name, meter in metrics.meters.items()}
@@ -269,6 +280,7 @@ class Restored(NamedTuple):
     checkpointer: FSDPCheckpointer
     continues: bool  # from a checkpoint in the output directory
     iterations_done: int  # by the run that wrote what was loaded; 0 if nothing was
+    data_order: dict[str, Any] | None  # of the run that is continued; None if it was not written down
 
 
 def _begin(cfg: DictConfig, model: SSLMetaArch, max_iterations: int) -> None:
@@ -305,11 +317,18 @@ def restore(cfg: DictConfig, model: SSLMetaArch, *, resume: bool, **state: Any) 
     )
     continues = resume and checkpointer.has_checkpoint()
     loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    return Restored(checkpointer, continues, loaded.get("iteration", -1) + 1)
+    data_order = loaded.get("data_order") if continues else None
+    return Restored(checkpointer, continues, loaded.get("iteration", -1) + 1, data_order)
 
 
 def save_if_due(
-    cfg: DictConfig, model: SSLMetaArch, checkpointer: FSDPCheckpointer, iteration: int, *, is_last: bool
+    cfg: DictConfig,
+    model: SSLMetaArch,
+    checkpointer: FSDPCheckpointer,
+    iteration: int,
+    *,
+    is_last: bool,
+    order: DataOrder,
 ) -> None:
     """Export and checkpoint after the zero-based ``iteration``, by their periods and at the end."""
     done = iteration + 1
@@ -320,7 +339,7 @@ def save_if_due(
     if is_last or done % period == 0:
         model.finish_center_updates()
         name = "model_final" if is_last else f"model_{iteration:07d}"
-        checkpointer.save(name, iteration=iteration)
+        checkpointer.save(name, iteration=iteration, data_order=order.state())
 
 
 def export_only(cfg: DictConfig, model: SSLMetaArch, *, resume: bool) -> None:

@@ -8,12 +8,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DistributedSampler
 
 from dinov2 import distributed
-from dinov2.data import DataAugmentationDINO, DatasetWithEnumeratedTargets
+from dinov2.data import DataAugmentationDINO, DatasetWithEnumeratedTargets, pass_orders
 from dinov2.data.collate import collate_data_and_cast
 from dinov2.data.loaders import DATASETS, SamplerType, make_data_loader, make_dataset
 from dinov2.data.masking import MaskingGenerator
+from dinov2.data.samplers import EpochSampler
 from dinov2.errors import ConfigError, DatasetError
 
 
@@ -271,3 +273,22 @@ def test_missing_folders_and_empty_datasets(tmp_path, dataset_str, words):
     (tmp_path / "header.csv").write_text("path,label\n")
     text = sentence(dataset_str.format(tmp_path))
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("count", [7, 8, 9])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_distributed_order_of_a_large_dataset_is_pytorchs(count, world, monkeypatch):
+    """Evaluation goes through a dataset front to back; above the limit without a list of its indices."""
+    monkeypatch.setattr(distributed, "get_global_size", lambda: world)
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "get_global_rank", lambda rank=rank: rank)
+        orders = {}
+        for limit in (100, 0):
+            monkeypatch.setattr(pass_orders, "RECORDED_ORDER_LIMIT", limit)
+            loader = make_data_loader(
+                dataset=range(count), batch_size=2, num_workers=0, shuffle=False, drop_last=False,
+                sampler_type=SamplerType.DISTRIBUTED,
+            )  # fmt: skip
+            orders[limit] = type(loader.sampler), list(loader.sampler), len(loader.sampler)
+        assert [orders[limit][0] for limit in (100, 0)] == [DistributedSampler, EpochSampler]
+        assert orders[100][1:] == orders[0][1:]

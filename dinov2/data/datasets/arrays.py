@@ -1,5 +1,6 @@
 """Index arrays on disk and compact lists of strings, both cheap to hand to worker processes."""
 
+import mmap
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -55,6 +56,9 @@ class IndexArray:
             raise DatasetError(
                 f'the index "{self.path}" lacks {", ".join(sorted(missing))}: {self._how_to_build}'
             )
+        if hasattr(mmap, "MADV_RANDOM") and isinstance(array, np.memmap):
+            # Rows are read here and there: reading ahead would fetch most of a large index from the disk.
+            array._mmap.madvise(mmap.MADV_RANDOM)
         return array
 
     def drop(self) -> None:

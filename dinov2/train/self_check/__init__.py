@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
 from dinov2 import distributed
+from dinov2.data.data_order import DataOrder
 from dinov2.errors import UserError
 from dinov2.train.initial_weights import InitialWeights
 from dinov2.train.self_check.backbone import (
@@ -63,6 +64,7 @@ def run_self_check(
     initial: InitialWeights,
     start_iteration: int,
     continues: bool = False,
+    order: DataOrder | None = None,
 ) -> SelfCheck:
     """Check a run that is about to take its first step, log the table and write ``self_check.json``.
 
@@ -77,6 +79,7 @@ def run_self_check(
         initial: what was loaded when the model was built.
         start_iteration: zero-based iteration of the first step.
         continues: whether a checkpoint in the output directory has replaced what was loaded.
+        order: which images the run draws; None for a run without a checkpoint.
 
     Raises:
         UserError: an image of the first batch cannot be read, on any process.
@@ -85,7 +88,9 @@ def run_self_check(
     if cfg.train.self_check == "off":
         return SelfCheck([])
     with unchanged(model, optimizer):
-        start = _find_start_together(cfg, model, optimizer, dataset, initial, start_iteration, continues)
+        start = _find_start_together(
+            cfg, model, optimizer, dataset, initial, start_iteration, continues, order
+        )
         lines = [line for check in ALONE for line in _attempt(check, start)]
         lines += check_duplicates(start)
         if any(distributed.all_gather_objects(any(FAILED in line.values for line in lines))):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dinov2 import distributed
+from dinov2.data.data_order import DataOrder
 from dinov2.errors import DatasetError
 from dinov2.loss.centering import CenteredLoss
 from dinov2.train.initial_weights import InitialWeights
@@ -85,6 +86,7 @@ def find_start(
     initial: InitialWeights,
     start_iteration: int,
     continues: bool,
+    order: DataOrder | None = None,
 ) -> Start:
     """Fetch the first images of this process's stream, as the loader would.
 
@@ -94,7 +96,7 @@ def find_start(
     Raises:
         DatasetError: none of the images can be read.
     """
-    sampler = build_sampler(cfg, dataset, start_iteration)
+    sampler = build_sampler(cfg, dataset, start_iteration, order=order)
     keys = list(islice(sampler, min(IMAGES_COMPARED, cfg.train.batch_size_per_gpu)))
     samples = ReproducibleSamples(dataset, cfg.train.seed, distributed.get_global_rank())
     collate = build_collate(cfg, model.precision.input_dtype)
