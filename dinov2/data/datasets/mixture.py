@@ -100,14 +100,16 @@ class MixtureDataset(Dataset):
         return dataset.get_image_path(inner) if hasattr(dataset, "get_image_path") else ""
 
     def get_target(self, index: int) -> Any:
-        """Return the label of a sample.
+        """Return the label of a sample, None where its dataset has no labels.
 
         Raises:
             DatasetError: the labels of the datasets do not go together, see :meth:`get_targets`.
         """
-        self._check_labels()
         number, inner = self.locate(index)
-        return self.datasets[number].get_target(inner)
+        target = self.datasets[number].get_target(inner)
+        if target is not None:
+            self._check_labels()
+        return target
 
     def get_targets(self) -> np.ndarray:
         """Return the labels of all samples.
