@@ -3,8 +3,8 @@
     python scripts/bench_shards.py --output DIR [--images 4000] [--rounds 3] [--cold]
 
 Cuts H&E tiles out of a picture of the repository, packs the same tiles in every layout and reads them in
-turns, so that other load on the machine hits all alike. Figures are the medians over the rounds; compare those
-of one run with each other. ``--cold`` drops the files from the page cache before every measurement.
+turns, so that other load on the machine hits all alike. Figures are medians over the rounds; compare those of
+one run alone. ``--cold`` drops the files from the page cache before every measurement.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def rate(dataset: Any, indices: list[int], decode: bool) -> float:
     return len(indices) / (time.perf_counter() - begin)
 
 
-def measure(strings: dict[str, str], folder: Path, rounds: int, draws: int, cold: bool) -> dict:
+def measure(strings: dict[str, str], rounds: int, draws: int, cold: bool) -> dict:
     """Return the rates of every layout, order and kind of work, one per round."""
     rates: dict[tuple[str, str, bool], list[float]] = {}
     generator = np.random.default_rng(1)
@@ -112,7 +112,7 @@ def measure(strings: dict[str, str], folder: Path, rounds: int, draws: int, cold
                         else generator.permutation(len(dataset))[:count]
                     )
                     if cold:
-                        drop_from_page_cache(folder)
+                        drop_from_page_cache(Path(dataset.root))
                     rates.setdefault((name, order, decode), []).append(
                         rate(dataset, indices.tolist(), decode)
                     )
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     folder = Path(args.output)
     strings = prepare(folder, args.images)
-    report(strings, measure(strings, folder, args.rounds, args.draws, args.cold))
+    report(strings, measure(strings, args.rounds, args.draws, args.cold))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ def test_every_layout_holds_the_same_tiles(tmp_path):
         assert len({dataset.get_image_data(index) for dataset in datasets}) == 1
     assert np.asarray(datasets[0][4][0]).shape == (224, 224, 3)
     drop_from_page_cache(tmp_path)
-    rates = measure(strings, tmp_path, rounds=2, draws=3, cold=True)
+    rates = measure(strings, rounds=2, draws=3, cold=True)
     assert set(rates) == {(name, order, d) for name in strings for order in ORDERS for d in (False, True)}
     assert all(len(values) == 2 and min(values) > 0 for values in rates.values())
 

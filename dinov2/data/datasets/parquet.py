@@ -48,7 +48,7 @@ class Parquet(ExtendedVisionDataset):
         label: column of the labels, empty for none; whole numbers are used as they are, names are numbered in
             the order of the alphabet.
         cache_mb: how much of the row groups read last a process keeps, MiB.
-        open_files: files kept open per process.
+        open_files: files kept open per process; opening one anew costs several reads of images.
         transforms, transform, target_transform: as for torchvision's datasets.
 
     Raises:
@@ -65,7 +65,7 @@ class Parquet(ExtendedVisionDataset):
         image: str = "image",
         label: str = "",
         cache_mb: int = 32,
-        open_files: int = 16,
+        open_files: int = 64,
         transforms: Callable | None = None,
         transform: Callable | None = None,
         target_transform: Callable | None = None,
