@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from enum import Enum
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,8 +65,8 @@ def make_dataset(
     parts = [part for text in texts for part in split_mixture(text, DATASETS)]
     if not parts:
         raise DatasetError("the list of dataset strings is empty: give at least one")
-    transforms = {"transform": transform, "target_transform": target_transform}
-    datasets = [_make_part(part, number, len(parts), transforms) for number, part in enumerate(parts, 1)]
+    build = partial(_make_one, transform=transform, target_transform=target_transform)
+    datasets = [_make_part(build, part, number, len(parts)) for number, part in enumerate(parts, 1)]
     if len(datasets) == 1:
         return datasets[0]
     weights = [part.weight for part in parts]
@@ -73,14 +74,15 @@ def make_dataset(
         datasets,
         [parse_dataset_string(part.dataset_str)[0] for part in parts],
         [weight or Fraction(1) for weight in weights] if any(weights) else None,
-        **transforms,
+        transform=transform,
+        target_transform=target_transform,
     )
 
 
-def _make_part(part: MixturePart, number: int, count: int, transforms: dict[str, Callable | None]) -> Dataset:
+def _make_part(build: Callable[[str], Dataset], part: MixturePart, number: int, count: int) -> Dataset:
     """Build one dataset of a mixture; its errors say which part is wrong."""
     try:
-        return _make_one(part.dataset_str, **transforms)
+        return build(part.dataset_str)
     except DatasetError as error:
         hint = unsplit_part_hint(part.dataset_str, DATASETS)
         place = f"part {number} of {count}: " if count > 1 else ""

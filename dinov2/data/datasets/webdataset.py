@@ -131,16 +131,13 @@ def _build(
     for number, shard in enumerate(scanned):
         shard.samples["shard"] = number
     samples = np.concatenate([shard.samples for shard in scanned])
-    sentences = [
-        f"{shard.broken}: its {len(shard.samples)} complete samples are used"
-        for shard in scanned
-        if shard.broken
-    ]
-    if sentences and truncated == "error":
+    broken = [shard for shard in scanned if shard.broken]
+    if broken and truncated == "error":
         raise DatasetError(
-            f"{sentences[0].partition(': its')[0]} ({len(sentences)} such shards): copy it again, or add "
+            f"{broken[0].broken} ({len(broken)} of {len(shards)} shards are): copy it again, or add "
             "truncated=use to take the complete samples before the break"
         )
+    sentences = [f"{shard.broken}: its {len(shard.samples)} complete samples are used" for shard in broken]
     left_out = sum(shard.without_image for shard in scanned)
     wanted = ", ".join(IMAGE_KEYS) if image == "auto" else image
     if left_out:
