@@ -2,17 +2,20 @@
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
+from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from dinov2 import distributed
-from dinov2.data.dataset_string import parse_dataset_string
-from dinov2.data.datasets import NCTCRC, ImageFolder, ImageNet, ImageNet22k, Pathology
+from dinov2.data.dataset_string import MixturePart, parse_dataset_string, split_mixture, unsplit_part_hint
+from dinov2.data.datasets import NCTCRC, ImageFolder, ImageNet, ImageNet22k, Parquet, Pathology, WebDataset
 from dinov2.data.datasets.CustomImageDataset import CustomImageDataset
+from dinov2.data.datasets.mixture import MixtureDataset
 from dinov2.data.pass_orders import has_recorded_order
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
 from dinov2.data.workers import seed_worker, worker_generator
@@ -21,7 +24,11 @@ from dinov2.errors import ConfigError, DatasetError, nearest
 logger = logging.getLogger("dinov2")
 
 DATASETS: dict[str, type] = {
-    cls.__name__: cls for cls in (ImageNet, ImageNet22k, Pathology, CustomImageDataset, ImageFolder, NCTCRC)
+    cls.__name__: cls
+    for cls in (
+        *(ImageNet, ImageNet22k, Pathology, CustomImageDataset, ImageFolder, NCTCRC),
+        *(WebDataset, Parquet),
+    )
 }
 _TRANSFORM_ARGUMENTS = ("transforms", "transform", "target_transform")
 
@@ -37,14 +44,17 @@ _INFINITE_TYPES = (SamplerType.INFINITE, SamplerType.SHARDED_INFINITE, SamplerTy
 
 def make_dataset(
     *,
-    dataset_str: str,
+    dataset_str: str | Sequence[str],
     transform: Callable | None = None,
     target_transform: Callable | None = None,
 ) -> Dataset:
     """Build the dataset that a dataset string describes (grammar: :mod:`dinov2.data.dataset_string`).
 
     Args:
-        dataset_str: name and options, e.g. ``Pathology:split=TRAIN:root=/index:extra=/index:sshid=13``.
+        dataset_str: name and options, e.g. ``Pathology:split=TRAIN:root=/index:extra=/index:sshid=13``, or a
+            mixture, ``2*Pathology:...+NCTCRC:...``, also as a list of its parts. Without weights every image
+            comes once a pass; with them, they are the shares of the draws, 1 for a part that has none
+            (:class:`~dinov2.data.datasets.mixture.MixtureDataset`).
         transform: applied to each PIL image.
         target_transform: applied to each target.
 
@@ -52,6 +62,37 @@ def make_dataset(
         DatasetError: the name or a key is unknown, a key is missing, a folder or file that the dataset
             needs is missing, or the dataset is empty.
     """
+    texts = [dataset_str] if isinstance(dataset_str, str) else [str(text) for text in dataset_str]
+    parts = [part for text in texts for part in split_mixture(text, DATASETS)]
+    if not parts:
+        raise DatasetError("the list of dataset strings is empty: give at least one")
+    build = partial(_make_one, transform=transform, target_transform=target_transform)
+    datasets = [_make_part(build, part, number, len(parts)) for number, part in enumerate(parts, 1)]
+    if len(datasets) == 1:
+        return datasets[0]
+    weights = [part.weight for part in parts]
+    return MixtureDataset(
+        datasets,
+        [parse_dataset_string(part.dataset_str)[0] for part in parts],
+        [weight or Fraction(1) for weight in weights] if any(weights) else None,
+        transform=transform,
+        target_transform=target_transform,
+    )
+
+
+def _make_part(build: Callable[[str], Dataset], part: MixturePart, number: int, count: int) -> Dataset:
+    """Build one dataset of a mixture; its errors say which part is wrong."""
+    try:
+        return build(part.dataset_str)
+    except DatasetError as error:
+        hint = unsplit_part_hint(part.dataset_str, DATASETS)
+        place = f"part {number} of {count}: " if count > 1 else ""
+        if not hint and not place:
+            raise
+        raise DatasetError(f"{place}{error}{hint}") from error
+
+
+def _make_one(dataset_str: str, *, transform: Callable | None, target_transform: Callable | None) -> Dataset:
     name, options = parse_dataset_string(dataset_str)
     if name not in DATASETS:
         raise DatasetError(

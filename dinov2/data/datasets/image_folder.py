@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from enum import Enum
 from pathlib import Path
 
@@ -15,51 +15,82 @@ from dinov2.errors import DatasetError
 
 logger = logging.getLogger("dinov2")
 
+_Place = tuple[int, int]  # device and number of a folder on it
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 
 
 class ImageFolder(ExtendedVisionDataset):
     """Images under ``root/<class>/``, at any depth; the classes are numbered in the order of their names.
 
+    Links to folders are followed; files and folders whose names begin with a dot are passed over.
+
     Args:
         root: folder of the class folders.
+        labels: ``folders`` takes the folders in the root as classes; ``none`` takes all images in the root
+            and below, however they are sorted into folders, without labels.
         transforms, transform, target_transform: as for torchvision's datasets.
 
     Raises:
-        DatasetError: the folder is missing or holds no class folder with images.
+        DatasetError: the folder is missing or holds no image, or none in a class folder.
     """
+
+    classes: list[str] | None
 
     def __init__(
         self,
         *,
         root: str,
+        labels: str = "folders",
         transforms: Callable | None = None,
         transform: Callable | None = None,
         target_transform: Callable | None = None,
     ) -> None:
         existing_folder(root, dataset=type(self).__name__, key="root")
+        if labels not in ("folders", "none"):
+            raise DatasetError(f'labels of {type(self).__name__} is "{labels}"; it takes folders or none')
         super().__init__(root, transforms, transform, target_transform)
-        self._open(root, self._class_names(root))
+        if labels == "none":
+            self._open_unlabelled(root)
+        else:
+            self._open(root, self._class_names(root))
+
+    def _open_unlabelled(self, folder: str) -> None:
+        """List all images, wherever they are."""
+        self.classes, self._targets = None, None
+        self._paths = PackedStrings(sorted(_images_below(folder)))
+        if not len(self._paths):
+            raise DatasetError(
+                f'{type(self).__name__} finds no image ({", ".join(IMAGE_SUFFIXES)}) in "{folder}" or below: '
+                "give another root"
+            )
 
     def _open(self, folder: str, classes: list[str]) -> None:
         """List the images of every class."""
-        images_by_class = [sorted(_images_below(os.path.join(folder, name))) for name in classes]  # noqa: PTH118
+        images_by_class = [sorted(_images_below(f"{folder}/{name}", {_place(folder)})) for name in classes]
         self.classes = classes
         self._paths = PackedStrings(path for paths in images_by_class for path in paths)
         self._targets = np.repeat(np.arange(len(classes)), [len(paths) for paths in images_by_class])
         if not len(self._paths):
             raise DatasetError(
                 f'{type(self).__name__} finds no image in "{folder}": put images '
-                f"({', '.join(IMAGE_SUFFIXES)}) into one sub-folder per class"
+                f"({', '.join(IMAGE_SUFFIXES)}) into one sub-folder per class, or add labels=none to train "
+                "on whatever lies there"
             )
         empty = [name for name, paths in zip(classes, images_by_class, strict=True) if not paths]
         if empty:
             logger.warning('no images of %s in "%s"', ", ".join(empty), folder)
 
-    @staticmethod
-    def _class_names(folder: str) -> list[str]:
+    def _class_names(self, folder: str) -> list[str]:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+            visible = [entry for entry in entries if entry.name[0] != "."]
+            stray = sum(_is_image(entry.name) and not _is_folder(entry) for entry in visible)
+            names = sorted(entry.name for entry in visible if _is_folder(entry))
+        if stray and names:
+            logger.warning(
+                '%d images lie in "%s" itself, have no class and are left out; labels=none takes all images',
+                *(stray, folder),
+            )
+        return names
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -72,12 +103,18 @@ class ImageFolder(ExtendedVisionDataset):
         """Return the encoded image of a sample."""
         return Path(self._paths[index]).read_bytes()
 
-    def get_target(self, index: int) -> int:
-        """Return the class number of a sample."""
-        return int(self._targets[index])
+    def get_target(self, index: int) -> int | None:
+        """Return the class number of a sample, None with ``labels=none``."""
+        return None if self._targets is None else int(self._targets[index])
 
     def get_targets(self) -> np.ndarray:
-        """Return the class numbers of all samples, int64."""
+        """Return the class numbers of all samples, int64.
+
+        Raises:
+            DatasetError: with ``labels=none``.
+        """
+        if self._targets is None:
+            raise DatasetError(f'"{self.root}" was opened with labels=none: leave that out to have classes')
         return self._targets
 
 
@@ -130,9 +167,46 @@ class NCTCRC(ImageFolder):
         super()._open(split_folder, classes)
 
 
-def _images_below(folder: str) -> Iterator[str]:
-    """Yield the paths of the images in a folder and below it; nothing when it is missing."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != ".":
-                yield os.path.join(parent, name)  # noqa: PTH118 - plain strings, there may be millions
+def _images_below(folder: str, outside: Set[_Place] = frozenset()) -> Iterator[str]:
+    """Yield the paths of the images in a folder and below it; nothing when it is missing.
+
+    Args:
+        folder: where to look.
+        outside: folders that lie around it; links back to one of them are not followed.
+    """
+    pending = [(folder, frozenset(outside))]
+    while pending:
+        parent, around = pending.pop()
+        try:
+            place = _place(parent)
+            with os.scandir(parent) as listing:
+                entries = [entry for entry in listing if entry.name[0] != "."]
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            logger.warning('"%s" can not be listed and is left out: %s', parent, error)
+            continue
+        if place in around:
+            continue
+        for entry in entries:
+            if _is_folder(entry):
+                pending.append((entry.path, around | {place}))
+            elif _is_image(entry.name):
+                yield entry.path
+
+
+def _place(folder: str) -> _Place:
+    """Return what is the same for all paths to a folder."""
+    status = os.stat(folder)  # noqa: PTH116 - plain strings, there may be millions
+    return status.st_dev, status.st_ino
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)

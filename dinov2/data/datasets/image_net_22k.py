@@ -1,9 +1,6 @@
 """ImageNet-22k as one tar archive per class, read in place by byte offsets."""
 
 import gzip
-import mmap
-import tarfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,9 +9,10 @@ import numpy as np
 from dinov2.data.datasets.arrays import IndexArray, save_array
 from dinov2.data.datasets.checks import existing_folder
 from dinov2.data.datasets.extended import ExtendedVisionDataset
+from dinov2.data.datasets.process_cache import OpenFile, ProcessCache
+from dinov2.data.datasets.tar_index import BLOCK_BYTES, tar_members
 from dinov2.errors import DatasetError
 
-TAR_HEADER_BYTES = 512
 GZIP_MAGIC = b"\x1f\x8b"
 UNREADABLE_IMAGES = frozenset({"n06470073_47249.JPEG"})  # broken in the distribution
 _Row = tuple[int, str, int, int, str]  # class number, class id, first and end byte, file name
@@ -48,12 +46,7 @@ class ImageNet22k(ExtendedVisionDataset):
         build = "call ImageNet22k(root=..., extra=...).dump_extra() once"
         self._entries = IndexArray(str(Path(extra, "entries.npy")), build)
         self._class_ids = IndexArray(str(Path(extra, "class-ids.npy")), build)
-        self._mmap_cache_size = mmap_cache_size
-        self._archives: OrderedDict[str, mmap.mmap] = OrderedDict()
-
-    def __getstate__(self) -> dict:
-        # Open archives stay in the process that opened them.
-        return {**self.__dict__, "_archives": OrderedDict()}
+        self._archives = ProcessCache(mmap_cache_size)
 
     def __len__(self) -> int:
         return len(self._entries.get())
@@ -66,8 +59,9 @@ class ImageNet22k(ExtendedVisionDataset):
     def get_image_data(self, index: int) -> bytes:
         """Return the encoded image of a sample; some are stored compressed."""
         entry = self._entries.get()[index]
-        archive = self._open_archive(str(entry["class_id"]))
-        data = archive[int(entry["start_offset"]) + TAR_HEADER_BYTES : int(entry["end_offset"])]
+        archive = self._archives.get(self._archive_path(str(entry["class_id"])), OpenFile)
+        begin, end = int(entry["start_offset"]) + BLOCK_BYTES, int(entry["end_offset"])
+        data = archive.read(begin, end - begin)
         return gzip.decompress(data) if data.startswith(GZIP_MAGIC) else data
 
     def get_target(self, index: int) -> int:
@@ -92,16 +86,6 @@ class ImageNet22k(ExtendedVisionDataset):
 
     def _archive_path(self, class_id: str) -> str:
         return str(Path(self.root, f"{class_id}.tar"))
-
-    def _open_archive(self, class_id: str) -> mmap.mmap:
-        """Return the archive of a class, the least recently used one making room."""
-        if class_id not in self._archives:
-            with Path(self._archive_path(class_id)).open("rb") as file:
-                self._archives[class_id] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._archives.move_to_end(class_id)
-        while len(self._archives) > self._mmap_cache_size:
-            self._archives.popitem(last=False)[1].close()
-        return self._archives[class_id]
 
     def dump_extra(self) -> None:
         """Read the headers of all archives and write the index; replaces an earlier one.
@@ -129,11 +113,10 @@ class ImageNet22k(ExtendedVisionDataset):
 
 
 def _tar_rows(class_index: int, path: Path) -> Iterator[_Row]:
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if not member.isfile() or member.name in UNREADABLE_IMAGES:
-                continue
-            end = member.offset_data + member.size
-            if end > np.iinfo(np.uint32).max:
-                raise DatasetError(f'"{path}" has more than the 4 GiB that the index can address: split it')
-            yield class_index, path.stem, member.offset_data - TAR_HEADER_BYTES, end, member.name
+    for member in tar_members(path):
+        if member.name in UNREADABLE_IMAGES:
+            continue
+        end = member.offset + member.size
+        if end > np.iinfo(np.uint32).max:
+            raise DatasetError(f'"{path}" has more than the 4 GiB that the index can address: split it')
+        yield class_index, path.stem, member.offset - BLOCK_BYTES, end, member.name

@@ -1,7 +1,9 @@
 """Class folders and NCT-CRC."""
 
 import logging
+import os
 import pickle
+import pickletools
 
 import pytest
 
@@ -62,3 +64,71 @@ def test_nct_crc_numbers_classes_alike_in_both_splits(nct_tree, caplog):
 def test_nct_crc_wrong_split(nct_tree):
     with pytest.raises(DatasetError, match=r'no split "TEST".*TRAIN, VAL, TRAIN_NONORM'):
         make_dataset(dataset_str=f"NCTCRC:split=TEST:root={nct_tree}")
+
+
+def relative(dataset):
+    return [dataset.get_image_path(i).removeprefix(f"{dataset.root}/") for i in range(len(dataset))]
+
+
+def test_any_tree_without_labels(class_tree, encoded):
+    (class_tree / "z.jpg").write_bytes(encoded[6])
+    dataset = make_dataset(dataset_str=f"ImageFolder:root={class_tree}:labels=none")
+    assert relative(dataset) == [
+        *("stroma/d.jpeg", "stroma/e.jpg", "tumour/a.jpg", "tumour/c.png", "tumour/x/b.JPG"),
+        "z.jpg",
+    ]
+    assert dataset[5][1] is dataset.get_target(0) is dataset.classes is None
+    with pytest.raises(DatasetError, match="labels=none"):
+        dataset.get_targets()
+
+
+def test_images_without_a_class_are_told(class_tree, encoded, caplog):
+    (class_tree / "z.jpg").write_bytes(encoded[6])
+    assert len(ImageFolder(root=str(class_tree))) == 5
+    assert "1 images lie in" in caplog.text
+
+
+def test_links_are_followed_once_and_hidden_folders_are_not(class_tree, encoded, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "l.jpg").write_bytes(encoded[5])
+    (class_tree / "stroma" / "link").symlink_to(elsewhere)
+    (class_tree / "stroma" / "up").symlink_to(class_tree)
+    (class_tree / "stroma" / "self").symlink_to(class_tree / "stroma" / "self")
+    (class_tree / "stroma" / "gone.jpg").symlink_to(tmp_path / "gone.jpg")
+    for hidden in (".cache", "stroma/.ipynb_checkpoints"):
+        (class_tree / hidden).mkdir()
+        (class_tree / hidden / "h.jpg").write_bytes(encoded[5])
+    dataset = ImageFolder(root=str(class_tree))
+    assert dataset.classes == ["stroma", "tumour"]
+    assert relative(dataset)[:4] == ["stroma/d.jpeg", "stroma/e.jpg", "stroma/gone.jpg", "stroma/link/l.jpg"]
+    assert dataset.get_targets().tolist() == [0] * 4 + [1] * 3, "the way up does not lead to the other class"
+    assert len(ImageFolder(root=str(class_tree), labels="none")) == 7
+
+
+def test_wrong_labels(class_tree):
+    with pytest.raises(DatasetError, match='"no"; it takes folders or none'):
+        make_dataset(dataset_str=f"ImageFolder:root={class_tree}:labels=no")
+
+
+def test_a_copy_for_a_worker_holds_no_object_per_image_and_lists_nothing(class_tree, monkeypatch):
+    dataset = ImageFolder(root=str(class_tree))
+    before = pickle.dumps(dataset)
+    for number in range(300):
+        (class_tree / "tumour" / f"more_{number}.jpg").touch()
+    larger = ImageFolder(root=str(class_tree))
+    operations = [sum(1 for _ in pickletools.genops(text)) for text in (before, pickle.dumps(larger))]
+    assert len(larger) == len(dataset) + 300
+    assert abs(operations[0] - operations[1]) < 10
+    monkeypatch.setattr(os, "scandir", None)
+    copy = pickle.loads(pickle.dumps(larger))
+    assert copy.get_image_path(304) == larger.get_image_path(304)
+
+
+def test_nct_crc_without_normalisation(tmp_path, encoded):
+    for name in NCTCRC.CLASSES:
+        (tmp_path / "NCT-CRC-HE-100K-NONORM" / name).mkdir(parents=True)
+        (tmp_path / "NCT-CRC-HE-100K-NONORM" / name / "1.tif").write_bytes(encoded[0])
+    dataset = make_dataset(dataset_str=f"NCTCRC:split=TRAIN_NONORM:root={tmp_path}")
+    assert dataset.get_targets().tolist() == list(range(9))
+    assert dataset.classes == ["ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM"]
