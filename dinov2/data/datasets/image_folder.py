@@ -160,9 +160,11 @@ class NCTCRC(ImageFolder):
     def _open(self, folder: str, classes: list[str]) -> None:
         split_folder = os.path.join(folder, self.split.value)  # noqa: PTH118
         if not os.path.isdir(split_folder):  # noqa: PTH112
+            root = Path(folder).resolve()
+            inside = root.name in {split.value for split in self.Split}
             raise DatasetError(
                 f'NCTCRC split {self.split.name} needs the folder "{split_folder}", which is missing: '
-                f"unpack {self.split.value} into the root"
+                + (f"give root={root.parent}" if inside else f"unpack {self.split.value} into the root")
             )
         super()._open(split_folder, classes)
 

@@ -132,3 +132,8 @@ def test_nct_crc_without_normalisation(tmp_path, encoded):
     dataset = make_dataset(dataset_str=f"NCTCRC:split=TRAIN_NONORM:root={tmp_path}")
     assert dataset.get_targets().tolist() == list(range(9))
     assert dataset.classes == ["ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM"]
+
+
+def test_nct_crc_with_the_folder_of_a_split_as_root(nct_tree):
+    with pytest.raises(DatasetError, match=f"missing: give root={nct_tree}$"):
+        make_dataset(dataset_str=f"NCTCRC:split=TRAIN:root={nct_tree}/NCT-CRC-HE-100K")
