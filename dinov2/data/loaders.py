@@ -16,6 +16,7 @@ from dinov2.data.dataset_string import MixturePart, parse_dataset_string, split_
 from dinov2.data.datasets import NCTCRC, ImageFolder, ImageNet, ImageNet22k, Parquet, Pathology, WebDataset
 from dinov2.data.datasets.CustomImageDataset import CustomImageDataset
 from dinov2.data.datasets.mixture import MixtureDataset
+from dinov2.data.loader_errors import WatchedLoader
 from dinov2.data.pass_orders import has_recorded_order
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
 from dinov2.data.workers import seed_worker, worker_generator
@@ -253,7 +254,7 @@ def make_data_loader(
             "multiprocessing_context": multiprocessing_context,
             "timeout": timeout,
         }
-    loader = DataLoader(
+    loader = WatchedLoader(
         dataset,
         sampler=sampler,
         batch_size=batch_size,
