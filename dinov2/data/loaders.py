@@ -13,7 +13,16 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from dinov2 import distributed
 from dinov2.data.dataset_string import MixturePart, parse_dataset_string, split_mixture, unsplit_part_hint
-from dinov2.data.datasets import NCTCRC, ImageFolder, ImageNet, ImageNet22k, Parquet, Pathology, WebDataset
+from dinov2.data.datasets import (
+    NCTCRC,
+    ImageFolder,
+    ImageNet,
+    ImageNet22k,
+    Parquet,
+    Pathology,
+    Slides,
+    WebDataset,
+)
 from dinov2.data.datasets.CustomImageDataset import CustomImageDataset
 from dinov2.data.datasets.mixture import MixtureDataset
 from dinov2.data.loader_errors import WatchedLoader
@@ -28,7 +37,7 @@ DATASETS: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         *(ImageNet, ImageNet22k, Pathology, CustomImageDataset, ImageFolder, NCTCRC),
-        *(WebDataset, Parquet),
+        *(Slides, WebDataset, Parquet),
     )
 }
 _TRANSFORM_ARGUMENTS = ("transforms", "transform", "target_transform")

@@ -225,8 +225,7 @@ def sentence(dataset_str):
 
 def test_unknown_dataset():
     assert sentence("Patholgy:root=/x") == (
-        'Unsupported dataset "Patholgy" (did you mean "Pathology"?); accepted are ImageNet, ImageNet22k, '
-        "Pathology, CustomImageDataset, ImageFolder, NCTCRC, WebDataset, Parquet"
+        f'Unsupported dataset "Patholgy" (did you mean "Pathology"?); accepted are {", ".join(DATASETS)}'
     )
 
 

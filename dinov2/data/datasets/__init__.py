@@ -5,6 +5,7 @@ from dinov2.data.datasets.image_net import ImageNet
 from dinov2.data.datasets.image_net_22k import ImageNet22k
 from dinov2.data.datasets.parquet import Parquet
 from dinov2.data.datasets.pathology import Pathology
+from dinov2.data.datasets.slides import Slides
 from dinov2.data.datasets.webdataset import WebDataset
 
-__all__ = ["NCTCRC", "ImageFolder", "ImageNet", "ImageNet22k", "Parquet", "Pathology", "WebDataset"]
+__all__ = ["NCTCRC", "ImageFolder", "ImageNet", "ImageNet22k", "Parquet", "Pathology", "Slides", "WebDataset"]
