@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from dinov2 import distributed
 from dinov2.data.dataset_string import parse_dataset_string
-from dinov2.data.datasets import NCTCRC, ImageFolder, ImageNet, ImageNet22k, Pathology
+from dinov2.data.datasets import NCTCRC, ImageFolder, ImageNet, ImageNet22k, Pathology, Slides
 from dinov2.data.datasets.CustomImageDataset import CustomImageDataset
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
 from dinov2.data.workers import seed_worker, worker_generator
@@ -20,7 +20,8 @@ from dinov2.errors import ConfigError, DatasetError, nearest
 logger = logging.getLogger("dinov2")
 
 DATASETS: dict[str, type] = {
-    cls.__name__: cls for cls in (ImageNet, ImageNet22k, Pathology, CustomImageDataset, ImageFolder, NCTCRC)
+    cls.__name__: cls
+    for cls in (ImageNet, ImageNet22k, Pathology, CustomImageDataset, ImageFolder, NCTCRC, Slides)
 }
 _TRANSFORM_ARGUMENTS = ("transforms", "transform", "target_transform")
 

@@ -32,7 +32,7 @@ def tile_grid(
         slide: the slide.
         size: side of a tile in pixels at ``mpp``.
         mpp: resolution of the tiles in um per pixel.
-        overlap: pixels at ``mpp`` that neighbours share, less than ``size``.
+        overlap: pixels at ``mpp`` that neighbours share, less than ``size``; negative for a gap.
         mask: keeps the tiles with at least ``min_tissue`` tissue; None keeps all.
         min_tissue: share of a tile's area, 0 to 1. 0 keeps every tile with any tissue.
         edges: ``drop`` leaves out tiles that reach beyond the scanned area, ``pad`` keeps them.
@@ -66,9 +66,10 @@ def check_grid(*, size: int, mpp: float, overlap: int, min_tissue: float, edges:
         raise ConfigError(f"the size of the tiles is {size}; it takes at least 1 pixel")
     if not mpp > 0:
         raise ConfigError(f"the mpp of the tiles is {mpp}; it takes um per pixel above 0, such as 0.5")
-    if not 0 <= overlap < size:
+    if not -size <= overlap < size:
         raise ConfigError(
-            f"the overlap of the tiles is {overlap}; it takes 0 or more pixels, less than the size {size}"
+            f"the overlap of the tiles is {overlap}; it takes pixels, less than the size {size}, and down to "
+            f"{-size} for gaps"
         )
     if not 0 <= min_tissue <= 1:
         raise ConfigError(f"min_tissue is {min_tissue}; it takes the share of a tile's area, from 0 to 1")

@@ -7,6 +7,7 @@ from PIL import Image
 
 from dinov2.data.slides.backends import AUTO, Backend, open_backend
 from dinov2.data.slides.forks import close_before_fork
+from dinov2.data.slides.jpeg_tiles import with_jpeg_tiles
 from dinov2.data.slides.resolution import find_mpp
 from dinov2.errors import ConfigError, DatasetError, ImageReadError, UserError
 
@@ -160,7 +161,7 @@ class Slide:
             close_before_fork(self)
             self._closes_by_itself = True
         if self._handle is None:
-            self._handle = open_backend(self.path, self.backend)
+            self._handle = with_jpeg_tiles(open_backend(self.path, self.backend), self.path)
         return self._handle
 
     def _read_bounds(self) -> tuple[int, int, int, int]:

@@ -1,7 +1,8 @@
 """How large a pixel of a slide is, in micrometres per pixel (mpp), and by which entry of its file."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 from dinov2.errors import DatasetError
 
@@ -40,9 +41,7 @@ def find_mpp(
                 f'the mpp given for the slide "{path}" is {override}; it takes um per pixel, {low} to {high}'
             )
         if found and abs(found[0] / override - 1) > ANISOTROPY_TOLERANCE:
-            logger.warning(
-                'slide "%s": the given mpp %g is used; %s in the file says %g', path, override, *found[::-1]
-            )
+            _warn_once(f'slide "{path}": the given mpp {override:g} is used; {found[1]} says {found[0]:g}')
         return float(override), OVERRIDE
     if not found:
         raise DatasetError(
@@ -74,12 +73,14 @@ def _mpp_of_file(properties: Mapping[str, str], path: str) -> tuple[float, str] 
     return None
 
 
-def _pair(properties: Mapping[str, str], x_key: str, y_key: str, to_mpp) -> tuple[float, float] | None:
+def _pair(
+    properties: Mapping[str, str], x_key: str, y_key: str, to_mpp: Callable[[float], float]
+) -> tuple[float, float] | None:
     x, y = (_plausible(properties.get(key), to_mpp) for key in (x_key, y_key))
     return None if x is None or y is None else (x, y)
 
 
-def _plausible(text: str | None, to_mpp) -> float | None:
+def _plausible(text: str | None, to_mpp: Callable[[float], float]) -> float | None:
     """Return an entry as mpp, None if it is missing, no number or nothing that a scanner makes."""
     try:
         mpp = to_mpp(float(text))
@@ -91,11 +92,11 @@ def _plausible(text: str | None, to_mpp) -> float | None:
 def _mean(pair: tuple[float, float], path: str) -> float:
     x, y = pair
     if abs(x - y) > ANISOTROPY_TOLERANCE * min(x, y):
-        logger.warning(
-            'slide "%s" has pixels of %g x %g um; it is read as if they were square, %g um',
-            path,
-            x,
-            y,
-            (x + y) / 2,
-        )
+        _warn_once(f'slide "{path}" has pixels of {x:g} x {y:g} um, which are read as if they were square')
     return (x + y) / 2
+
+
+@lru_cache(maxsize=4096)
+def _warn_once(text: str) -> None:
+    """A process opens the same slide many times."""
+    logger.warning(text)
