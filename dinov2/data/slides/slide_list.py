@@ -6,12 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from dinov2.data.slides.sources import SLIDE_SUFFIXES
 from dinov2.errors import DatasetError, nearest
 
-SUFFIXES = (
-    *(".svs", ".tif", ".tiff", ".ndpi", ".scn", ".mrxs"),
-    *(".vms", ".vmu", ".bif", ".svslide", ".czi", ".qptiff"),
-)
 COLUMNS = ("slide", "path", "mpp", "mask", "process")
 _NO = ("0", "false", "no", "n")
 _YES = ("", "1", "true", "yes", "y")
@@ -59,8 +56,8 @@ def list_slides(source: str) -> list[SlideEntry]:
         entries = [SlideEntry(Path(match).stem, match) for match in matches if Path(match).is_file()]
     if not entries:
         raise DatasetError(
-            f'there is no slide in "{source}": give a folder with {" ".join(SUFFIXES)} files, a pattern '
-            "in quotes, or a CSV with the column path"
+            f'there is no slide in "{source}": give a folder with {" ".join(SLIDE_SUFFIXES)} files, '
+            "a pattern in quotes, or a CSV with the column path"
         )
     _check_names(entries)
     return sorted(entries, key=lambda entry: entry.name)
@@ -73,7 +70,7 @@ def _walk(folder: Path) -> list[Path]:
         found += [
             Path(parent, name)
             for name in sorted(names)
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+            if not name.startswith(".") and Path(name).suffix.lower() in SLIDE_SUFFIXES
         ]
     return found
 
