@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from dinov2.data.datasets import Pathology
+from dinov2.data.slides import open_slide
 from dinov2.errors import DatasetError
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -53,17 +54,8 @@ class TileSet:
 
 def read_slide(path: Path = SLIDE) -> Image.Image:
     """Return level 0 of a small slide as one RGB picture (2220 x 2967 pixels for the shipped one)."""
-    try:
-        import openslide
-    except ImportError as error:
-        raise DatasetError(
-            "reading the slide needs the package openslide-python: pip install -e '.[slides]'"
-        ) from error
-    with openslide.OpenSlide(path) as slide:
-        # Outside the scanned area a slide is transparent, which is shown as white, like empty glass.
-        region = slide.read_region((0, 0), 0, slide.dimensions)
-        white = Image.new("RGBA", region.size, "white")
-        return Image.alpha_composite(white, region).convert("RGB")
+    with open_slide(str(path)) as slide:
+        return slide.read(0, 0, slide.dimensions, slide.mpp)
 
 
 def tissue_mask(picture: np.ndarray) -> np.ndarray:
@@ -98,11 +90,11 @@ def make_tiles(root: Path, *, slide: Path = SLIDE, carcinoma: Path | None = CARC
 
     Args:
         root: Folder to make; its content is replaced when its settings differ.
-        slide: A slide that OpenSlide reads.
+        slide: A slide that states the size of its pixels.
         carcinoma: A picture of which only the first ``CARCINOMA_TRAIN_ROWS`` rows are cut, or None.
 
     Raises:
-        DatasetError: OpenSlide is missing, or no tile holds tissue.
+        DatasetError: The slide can not be opened, or no tile holds tissue.
     """
     settings = _settings([slide, *([carcinoma] if carcinoma else [])])
     stamp = root / "tiles.json"
