@@ -14,6 +14,7 @@ from dinov2.data.slides.tissue_mask import TissueMask
 OVERVIEW = 1000  # pixels, longer side
 SAMPLE, COLUMNS, KEPT_ROWS, REJECTED_ROWS = 144, 4, 3, 2
 GAP, LINE, TEXT = 12, 18, 13
+LITTLE = 0.02  # a share of ink or dust not worth a mention
 TISSUE, PEN, ARTEFACT, TILE = (0, 150, 60), (230, 0, 200), (255, 130, 0), (30, 90, 220)
 _INK, _PAPER = (20, 20, 20), (255, 255, 255)
 
@@ -95,23 +96,35 @@ def choose_rejected(plan: TilePlan, mask: TissueMask, repeated: Samples, *, min_
         min_tissue: what the tiles lack.
     """
     room = COLUMNS * REJECTED_ROWS
-    order = _rejected_order(plan, mask)
+    removed = _removed_share(plan, mask)
+    order = _rejected_order(plan, removed)
     repeats = min(len(repeated.corners), room // 2 if len(order) else room)
     order = order[: room - repeats]
-    captions = [f"tissue {share:.0%} < {min_tissue:.0%}" for share in plan.rejected_tissue[order]]
+    captions = [
+        f"tissue {plan.rejected_tissue[tile]:.0%}, ink/dust {removed[tile]:.0%}"
+        if removed[tile] > LITTLE
+        else f"tissue {plan.rejected_tissue[tile]:.0%} < {min_tissue:.0%}"
+        for tile in order
+    ]
     corners = np.concatenate([repeated.corners[:repeats], plan.rejected[order]]).reshape(-1, 2)
     return Samples(corners, repeated.captions[:repeats] + captions)
 
 
-def _rejected_order(plan: TilePlan, mask: TissueMask) -> np.ndarray:
+def _removed_share(plan: TilePlan, mask: TissueMask) -> np.ndarray:
+    """Share of each rejected tile that was removed from the mask as ink or dust."""
     x, y = plan.rejected.T
     removed = np.zeros(len(x))
     for part in (mask.pen, mask.artefact):
         if part is not None:
             removed += TissueMask(part, mask.downsample).tissue_share(x, y, plan.side)
-    stained = np.argsort(-removed, kind="stable")[: min(3, int((removed > 0.02).sum()))]
+    return removed
+
+
+def _rejected_order(plan: TilePlan, removed: np.ndarray) -> np.ndarray:
+    stained = np.argsort(-removed, kind="stable")[: min(3, int((removed > LITTLE).sum()))]
     near = np.argsort(-plan.rejected_tissue, kind="stable")[:3]
-    rest = np.linspace(0, len(x) - 1, min(len(x), COLUMNS * REJECTED_ROWS)).astype(int)
+    count = len(plan.rejected)
+    rest = np.linspace(0, count - 1, min(count, COLUMNS * REJECTED_ROWS)).astype(int)
     return np.array(list(dict.fromkeys([*stained, *near, *rest])), int)
 
 

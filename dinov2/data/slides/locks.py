@@ -12,6 +12,8 @@ import socket
 import uuid
 from pathlib import Path
 
+from dinov2.errors import OutputError
+
 # Renewed every 20 s by a living process; file servers may lag behind by a minute.
 RENEW_SECONDS = 20.0
 STALE_SECONDS = 300.0
@@ -31,7 +33,11 @@ class SlideLock:
         self._stale_seconds = stale_seconds
 
     def acquire(self) -> bool:
-        """Take the lock; return False if a living process has it."""
+        """Take the lock; return False if a living process has it.
+
+        Raises:
+            OutputError: the file system has no hard links.
+        """
         for _ in range(3):
             if self._create():
                 return True
@@ -72,6 +78,10 @@ class SlideLock:
             os.link(draft, self.path)
         except FileExistsError:
             return False
+        except OSError as error:
+            raise OutputError(
+                f'can not lock "{self.path}" ({error}): the output has to be on a file system with hard links'
+            ) from error
         finally:
             draft.unlink()
         return True

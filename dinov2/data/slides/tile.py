@@ -107,7 +107,7 @@ def _preview(entry: SlideEntry, recipe: TilingRecipe, backend: str) -> bool:
             tiles = min(len(found.plan), recipe.max_tiles or len(found.plan))
             cli.say(
                 f"{entry.name}: {width} x {height} px of {slide.mpp:g} um ({slide.mpp_source}), "
-                f"{found.mask.area_mm2:g} mm2 of tissue, {tiles} tiles from level {found.plan.level}"
+                f"{found.mask.area_mm2:.3f} mm2 of tissue, {tiles} tiles from level {found.plan.level}"
             )
     except UserError as error:
         cli.say(f"{entry.name}: failed, {error}")

@@ -141,22 +141,27 @@ def _work(run: TilingRun, todo: list[SlideEntry]) -> Iterator[dict]:
 
 def _record_after(status: int, entry: SlideEntry, run: TilingRun) -> dict:
     """Return the record of a slide whose process has ended, and write it where the process could not."""
+    record = run.output.read_record(entry.name)
     if status in (BUSY, LOST_LOCK):
-        record = run.output.read_record(entry.name)
         if record is not None and record["status"] in DONE:
             return record
         return {"slide": entry.name, "status": "skipped", "error": "another process works on it"}
-    record = run.output.read_record(entry.name)
     if status == 0 and record is not None:
         return record
     cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
     record = _failed(entry, run.recipe, f"its process ended without a result ({cause})")
     lock = SlideLock(run.output.lock_path(entry.name))
     if lock.acquire():
-        run.output.clear_work(entry.name)
-        run.output.write_record(record)
+        _record_failure(record, run)
         lock.release()
     return record
+
+
+def _record_failure(record: dict, run: TilingRun) -> None:
+    """Remove what there is of a slide, finished or not, and write why it failed."""
+    run.output.forget(record["slide"], outputs_of(record["slide"], record["recipe"]))
+    run.output.clear_work(record["slide"])
+    run.output.write_record(record)
 
 
 def _failed(entry: SlideEntry, recipe: TilingRecipe, error: str) -> dict:
@@ -172,8 +177,12 @@ def _failed(entry: SlideEntry, recipe: TilingRecipe, error: str) -> dict:
 def _tile_one(entry: SlideEntry, run: TilingRun) -> None:
     """What the process of a slide does; leaves a record unless another process has the slide."""
     lock = SlideLock(run.output.lock_path(entry.name))
-    if not lock.acquire():
-        os._exit(BUSY)
+    try:
+        if not lock.acquire():
+            os._exit(BUSY)
+    except UserError as error:
+        run.output.write_record(_failed(entry, run.recipe, str(error)))
+        return
     threading.Thread(target=_watch, args=(lock,), daemon=True).start()
     begin = time.monotonic()
     before = run.output.read_record(entry.name)
@@ -190,8 +199,9 @@ def _tile_one(entry: SlideEntry, run: TilingRun) -> None:
     if not lock.owned():
         os._exit(LOST_LOCK)
     if record["status"] == "failed":
-        run.output.clear_work(entry.name)
-    run.output.write_record(record)
+        _record_failure(record, run)
+    else:
+        run.output.write_record(record)
     lock.release()
 
 

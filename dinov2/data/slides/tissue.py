@@ -156,13 +156,13 @@ def _clean(
     pixel_um: float,
     settings: SegmentationSettings,
 ) -> Segmented:
-    """Close gaps, fill small holes, drop threads and small parts; what was removed as unwanted stays out."""
+    """Close gaps, drop small parts and threads, fill small holes; what was removed as unwanted stays out."""
     unwanted = pen | grey
     tissue = _close(tissue, round(settings.closing_um / pixel_um / 2)) & ~unwanted
+    tissue &= ~_small_parts(tissue, settings.min_area_um2 / pixel_um**2)
     threads = find_threads(tissue, pixel_um=pixel_um, max_width_um=settings.max_thread_um)
     tissue &= ~threads
     tissue |= _small_parts(~tissue, settings.max_hole_um2 / pixel_um**2) & ~unwanted & ~threads
-    tissue &= ~_small_parts(tissue, settings.min_area_um2 / pixel_um**2)
     return Segmented(tissue, pen, grey | threads, threshold)
 
 

@@ -208,6 +208,17 @@ def test_a_slide_moved_but_not_recorded_is_made_again(folder, finished, tmp_path
     assert content(tmp_path / "out") == content(finished[0])
 
 
+def test_a_slide_that_fails_leaves_no_tiles_of_before(finished, tmp_path):
+    """Moved but not recorded, and then the file is damaged."""
+    shutil.copytree(finished[0], tmp_path / "out")
+    (tmp_path / "out" / "state" / "second.json").unlink()
+    (tmp_path / "second.svs").write_text("no slide")
+    records, _ = run(tmp_path / "out", [SlideEntry("second", str(tmp_path / "second.svs"))])
+    assert records["second"]["status"] == "failed"
+    assert [path.stem for path in sorted((tmp_path / "out" / "patches").iterdir())] == ["first", "third"]
+    assert not list((tmp_path / "out").glob("*/second.[jpc]*g"))
+
+
 def test_two_runs_share_a_list(folder, finished, tmp_path):
     with ThreadPoolExecutor(2) as pool:  # the slides are made in processes, all of them at once
         runs = [pool.submit(run, tmp_path, list_slides(str(folder)), workers=3) for _ in range(2)]

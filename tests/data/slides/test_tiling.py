@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from dinov2.data.datasets import Pathology
-from dinov2.data.slides import open_slide
+from dinov2.data.slides import jpeg_tiles, open_slide
+from dinov2.data.slides import plan as plan_module
 from dinov2.data.slides.coordinate_files import read_corners
 from dinov2.data.slides.coordinates import magnification
 from dinov2.data.slides.output_folder import OutputFolder
@@ -270,12 +271,35 @@ def test_every_tile_is_read_once_strip_by_strip():
     with open_slide(SVS) as slide:
         mask = TissueMask(np.ones((30, 22), bool), (2220 / 22, 2967 / 30), slide.mpp)
         plan = plan_tiles(slide, mask, TilingRecipe(size=64, min_tissue=0))
-    order = reading_order(plan, 0.25)  # strips of 1024 level-0 pixels
+    order = reading_order(plan, 0.125)  # strips of 1024 level-0 pixels
     assert sorted(order) == list(range(len(plan)))
     x, y = plan.corners[order].T
     strip = x // 1024
     assert (np.diff(strip) >= 0).all()
     assert all((np.diff(y[strip == number]) >= 0).all() for number in set(strip))
+
+
+def test_blocks_of_a_wide_slide_are_decoded_once(tmp_path, monkeypatch):
+    """The cache and the strips are an eighth of their size, in place of a slide 8 times as wide."""
+    path = write_pyramid(tmp_path / "drawn.tif", draw_slide().picture)
+    monkeypatch.setattr(jpeg_tiles, "CACHE_BYTES", jpeg_tiles.CACHE_BYTES // 8)
+    monkeypatch.setattr(plan_module, "STRIP_PIXELS", plan_module.STRIP_PIXELS // 8)
+    decoded = []
+    decode = jpeg_tiles._decode
+    monkeypatch.setattr(jpeg_tiles, "_decode", lambda *args: decoded.append(1) or decode(*args))
+    counts = {}
+    for name in ("strips", "rows"):
+        decoded.clear()
+        with open_slide(path) as slide:
+            mask = TissueMask(np.ones((21, 28), bool), (160.0, 160.0), slide.mpp)
+            plan = plan_tiles(slide, mask, TilingRecipe())
+            order = reading_order(plan, 1.0) if name == "strips" else range(len(plan))
+            for position in order:
+                slide.read(*map(int, plan.corners[position]), 224, 0.5)
+        counts[name] = len(decoded)
+    blocks = -(-4480 // 256) * -(-3360 // 256)
+    assert counts["strips"] < 1.3 * blocks  # a strip of an eighth of the width has more rim, too
+    assert counts["rows"] > 1.6 * blocks
 
 
 def test_the_drawn_slide_gives_tiles_of_tissue_only(tmp_path):
