@@ -1,7 +1,7 @@
 """Corners of tiles in HDF5 files of the CLAM and TRIDENT layouts."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,20 +16,29 @@ _TRIDENT_ENDING = "_patches"
 SIDE_TOLERANCE = 0.05
 
 
-def with_coordinate_files(sources: Iterable[SlideSource], folder: str) -> list[SlideSource]:
+def with_coordinate_files(sources: Sequence[SlideSource], folder: str) -> list[SlideSource]:
     """Give each slide its file ``<slide>_patches.h5`` (TRIDENT) or ``<slide>.h5`` (CLAM) below a folder.
 
     Files in a folder ``patches`` are preferred: both layouts keep features under the same names elsewhere. A
     slide without a file gets the path where it was expected, so that opening it names what is missing.
 
     Raises:
-        DatasetError: the folder has no such files, or several that fit one slide equally.
+        DatasetError: the folder has no such files, several that fit one slide equally, or one that fits several
+            slides.
     """
     by_stem: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(Path(folder).rglob("*.h5")):
         by_stem[path.stem.removesuffix(_TRIDENT_ENDING)].append(path)
     if not by_stem:
         raise DatasetError(f'there is no .h5 file of coordinates below "{folder}": correct coords')
+    seen: dict[str, str] = {}
+    for source in sources:
+        other = seen.setdefault(Path(source.path).stem, source.path)
+        if other != source.path:
+            raise DatasetError(
+                f'"{other}" and "{source.path}" would both take the coordinates of "{Path(other).stem}": draw '
+                "them in two datasets"
+            )
     return [replace(source, coords=_best(Path(source.path).stem, by_stem, folder)) for source in sources]
 
 

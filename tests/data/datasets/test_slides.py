@@ -262,6 +262,15 @@ def test_coordinates_of_other_programs(name, attributes, folder, tmp_path):
         opened(folder, coords=str(tmp_path / "coords"), pattern="b.svs")
 
 
+def test_coordinates_that_fit_two_slides_are_refused(own_folder, tmp_path):
+    (own_folder / "deeper").mkdir()
+    shutil.copy(own_folder / "a.tiff", own_folder / "deeper" / "a.tiff")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["coords"] = np.zeros((1, 2), int)
+    with pytest.raises(DatasetError, match='would both take the coordinates of "a"'):
+        opened(own_folder, coords=str(tmp_path), pattern="**/a.tiff")
+
+
 def test_draws_may_be_moved(folder):
     fixed = opened(folder, pattern="b.svs", balance="tile")
     moving = opened(folder, pattern="b.svs", balance="tile", random_offset=40)
