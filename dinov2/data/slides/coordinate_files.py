@@ -23,8 +23,7 @@ def with_coordinate_files(sources: Sequence[SlideSource], folder: str) -> list[S
     slide without a file gets the path where it was expected, so that opening it names what is missing.
 
     Raises:
-        DatasetError: the folder has no such files, several that fit one slide equally, or one that fits several
-            slides.
+        DatasetError: the folder has no such files, several that fit one slide equally, or one for two slides.
     """
     by_stem: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(Path(folder).rglob("*.h5")):
@@ -36,8 +35,8 @@ def with_coordinate_files(sources: Sequence[SlideSource], folder: str) -> list[S
         other = seen.setdefault(Path(source.path).stem, source.path)
         if other != source.path:
             raise DatasetError(
-                f'"{other}" and "{source.path}" would both take the coordinates of "{Path(other).stem}": draw '
-                "them in two datasets"
+                f'"{other}" and "{source.path}" would both take the coordinates of "{Path(other).stem}": '
+                "draw them in two datasets"
             )
     return [replace(source, coords=_best(Path(source.path).stem, by_stem, folder)) for source in sources]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import scipy.ndimage  # noqa: F401 - for the forked processes, which import it anew each time otherwise
 import torch
 from PIL import Image
 
