@@ -14,7 +14,7 @@ from PIL import Image
 
 from dinov2.data.slides.quality import ColourPlanes, balance_glass, find_grey, find_pen, find_threads
 from dinov2.data.slides.tissue_mask import TissueMask
-from dinov2.errors import ConfigError, DatasetError
+from dinov2.errors import ConfigError
 
 if TYPE_CHECKING:
     from dinov2.data.slides.reader import Slide
@@ -70,20 +70,15 @@ def segment_tissue(
         slide: an open slide.
         mpp: microns per pixel of the thumbnail to look at, at most 8; unused with ``settings``.
         settings: all choices; the defaults at ``mpp`` if None.
-        picture: the whole slide, if it has been read already, at least as fine as the thumbnail.
+        picture: the whole slide as that thumbnail, if it has been read already.
 
     Raises:
-        ConfigError: ``mpp`` is above 8 or not positive.
-        DatasetError: scipy is missing.
+        ConfigError: ``mpp`` is above 8 or not positive, or scipy is missing.
         ImageReadError: the slide can not be read.
     """
     settings = settings or SegmentationSettings(mpp=mpp)
-    side = overview_side(slide, settings.mpp)
     if picture is None:
-        picture = slide.thumbnail(max_side=side)
-    elif max(picture.size) > side:
-        size = tuple(max(1, round(length * side / max(picture.size))) for length in picture.size)
-        picture = picture.resize(size, Image.Resampling.BOX)
+        picture = slide.thumbnail(max_side=overview_side(slide, settings.mpp))
     downsample = (slide.dimensions[0] / picture.width, slide.dimensions[1] / picture.height)
     found = segment_picture(np.asarray(picture), pixel_um=slide.mpp * max(downsample), settings=settings)
     return TissueMask(
@@ -117,7 +112,7 @@ def segment_picture(
         settings: the defaults if None.
 
     Raises:
-        DatasetError: scipy is missing.
+        ConfigError: scipy is missing.
     """
     ndimage = _scipy_ndimage()
     settings = settings or SegmentationSettings()
@@ -161,13 +156,13 @@ def _clean(
     pixel_um: float,
     settings: SegmentationSettings,
 ) -> Segmented:
-    """Close gaps, fill small holes, drop threads and small parts; what was removed as unwanted stays out."""
+    """Close gaps, drop small parts and threads, fill small holes; what was removed as unwanted stays out."""
     unwanted = pen | grey
     tissue = _close(tissue, round(settings.closing_um / pixel_um / 2)) & ~unwanted
+    tissue &= ~_small_parts(tissue, settings.min_area_um2 / pixel_um**2)
     threads = find_threads(tissue, pixel_um=pixel_um, max_width_um=settings.max_thread_um)
     tissue &= ~threads
     tissue |= _small_parts(~tissue, settings.max_hole_um2 / pixel_um**2) & ~unwanted & ~threads
-    tissue &= ~_small_parts(tissue, settings.min_area_um2 / pixel_um**2)
     return Segmented(tissue, pen, grey | threads, threshold)
 
 
@@ -198,7 +193,7 @@ def _scipy_ndimage():
     try:
         from scipy import ndimage
     except ImportError as error:
-        raise DatasetError(
+        raise ConfigError(
             "finding tissue needs the package scipy: pip install -e '.[slides]', or give a mask per slide"
         ) from error
     return ndimage

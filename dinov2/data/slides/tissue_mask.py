@@ -60,11 +60,6 @@ class TissueMask:
         return np.clip(covered / mask_pixels, 0.0, 1.0)
 
     @property
-    def share(self) -> float:
-        """Share of the whole slide that is tissue."""
-        return float(self.mask.mean())
-
-    @property
     def area_mm2(self) -> float:
         """Area of the tissue in square millimetres; NaN where the pixel size is unknown."""
         if self.mpp is None:

@@ -1,0 +1,119 @@
+"""Cuts whole-slide images into tiles: ``python -m dinov2.data.slides.tile --slides DIR --output DIR``."""
+
+import argparse
+import logging
+import sys
+from collections import Counter
+
+from dinov2 import cli
+from dinov2.data.slides.grid import EDGES
+from dinov2.data.slides.output_folder import OutputFolder
+from dinov2.data.slides.recipe import FORMATS, TilingRecipe
+from dinov2.data.slides.slide_list import SlideEntry, list_slides
+from dinov2.data.slides.tile_many import TilingRun, run_all
+from dinov2.data.slides.tiling import open_entry, survey
+from dinov2.data.slides.tissue import SegmentationSettings
+from dinov2.errors import ConfigError, UserError
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; its defaults are those of the recipe."""
+    parser = argparse.ArgumentParser(prog="python -m dinov2.data.slides.tile", description=__doc__)
+    recipe, tissue = TilingRecipe(), SegmentationSettings()
+    parser.add_argument(
+        "--slides", required=True, help="folder, pattern in quotes, file, or CSV with a column path"
+    )
+    parser.add_argument("--output", required=True, help="folder to write to; finished slides in it are kept")
+    add = parser.add_argument_group("tiles").add_argument
+    add("--mpp", type=float, default=recipe.mpp, help="um per pixel (default: %(default)s)")
+    add("--size", type=int, default=recipe.size, help="side in pixels (default: %(default)s)")
+    add("--overlap", type=int, default=recipe.overlap, help="pixels neighbours share (default: %(default)s)")
+    add("--min-tissue", type=float, default=recipe.min_tissue, help="least share (default: %(default)s)")
+    add("--edges", choices=EDGES, default=recipe.edges, help="tiles beyond the border (default: %(default)s)")
+    add("--format", choices=FORMATS, default=recipe.format, help="of the files (default: %(default)s)")
+    add("--quality", type=int, default=recipe.quality, help="of JPEG, 1 to 100 (default: %(default)s)")
+    add("--coords-only", action="store_true", help="write HDF5 coordinates for CLAM and TRIDENT, no tiles")
+    add(
+        "--near-duplicates",
+        type=int,
+        metavar="BITS",
+        help="drop tiles whose hash differs in so few of 64 bits",
+    )
+    add("--max-tiles", type=int, metavar="N", help="tiles to keep of a slide, drawn at random")
+    add("--seed", type=int, default=recipe.seed, help="of that draw (default: %(default)s)")
+    add("--allow-upsampling", action="store_true", help="make tiles that are finer than the slide")
+    add = parser.add_argument_group("tissue, where the list names no mask").add_argument
+    add("--tissue-mpp", type=float, default=tissue.mpp, help="um per pixel to look at (default: %(default)s)")
+    add(
+        "--min-area",
+        type=float,
+        default=tissue.min_area_um2,
+        help="smallest part, um2 (default: %(default)g)",
+    )
+    add(
+        "--max-hole",
+        type=float,
+        default=tissue.max_hole_um2,
+        help="holes to fill, um2 (default: %(default)g)",
+    )
+    add("--keep-pen", action="store_true", help="do not look for marker ink: for blue and green stains")
+    add = parser.add_argument_group("running").add_argument
+    add("--workers", type=int, default=1, help="slides in work at once (default: %(default)s)")
+    add("--backend", default="auto", help="openslide, tiffslide or auto (default: %(default)s)")
+    add("--redo", action="store_true", help="make slides again that were done with other options")
+    add("--skip-errors", action="store_true", help="exit status 0 even if slides failed")
+    add("--dry-run", action="store_true", help="say what would be done and write nothing")
+    return parser
+
+
+def recipe_of(args: argparse.Namespace) -> TilingRecipe:
+    """Return the recipe that a command line asks for."""
+    segmentation = SegmentationSettings(
+        mpp=args.tissue_mpp, min_area_um2=args.min_area, max_hole_um2=args.max_hole, pen=not args.keep_pen
+    )
+    names = "mpp size overlap min_tissue edges format quality coords_only near_duplicates max_tiles seed"
+    choices = {name: getattr(args, name) for name in [*names.split(), "allow_upsampling"]}
+    return TilingRecipe(**choices, segmentation=segmentation)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Tile the slides; exit status 1 if any failed."""
+    args = get_args_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    recipe = recipe_of(args)
+    if args.workers < 1:
+        raise ConfigError(f"--workers is {args.workers}; it takes 1 or more")
+    entries = list_slides(args.slides)
+    if args.dry_run:
+        failed = sum(not _preview(entry, recipe, args.backend) for entry in entries if entry.process)
+    else:
+        run = TilingRun(entries, recipe, OutputFolder(args.output), args.backend, args.workers, args.redo)
+        records = run_all(run, cli.say)
+        counts = Counter(record["status"] for record in records)
+        total = sum(record.get("n_tiles", 0) for record in records)
+        listed = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+        cli.say(f"{total} tiles; slides: {listed}; see {args.output}/summary.csv")
+        failed = counts["failed"]
+    if failed and not args.skip_errors:
+        sys.exit(1)
+
+
+def _preview(entry: SlideEntry, recipe: TilingRecipe, backend: str) -> bool:
+    """Say what a slide would give; return False if it can not be used."""
+    try:
+        with open_entry(entry, recipe, backend) as slide:
+            found = survey(slide, entry, recipe)
+            width, height = slide.dimensions
+            tiles = min(len(found.plan), recipe.max_tiles or len(found.plan))
+            cli.say(
+                f"{entry.name}: {width} x {height} px of {slide.mpp:g} um ({slide.mpp_source}), "
+                f"{found.mask.area_mm2:.3f} mm2 of tissue, {tiles} tiles from level {found.plan.level}"
+            )
+    except UserError as error:
+        cli.say(f"{entry.name}: failed, {error}")
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    cli.run(main)

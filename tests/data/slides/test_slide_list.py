@@ -1,0 +1,75 @@
+"""Lists of slides from folders, patterns and tables."""
+
+import pytest
+
+from dinov2.data.slides.slide_list import SlideEntry, list_slides
+from dinov2.errors import DatasetError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.svs", "a.tiff", "sub/c.NDPI", "sub/notes.txt", ".hidden/d.svs", "sub/.e.svs", "x.y.svs"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def names(source):
+    return [entry.name for entry in list_slides(str(source))]
+
+
+def test_folder_pattern_and_file(folder):
+    assert names(folder) == ["a", "b", "c", "x.y"]
+    assert names(folder / "*.svs") == ["b", "x.y"]
+    assert names(folder / "**" / "*.NDPI") == ["c"]
+    assert list_slides(str(folder / "b.svs")) == [SlideEntry("b", str(folder / "b.svs"))]
+
+
+def test_table(folder):
+    table = folder / "slides.csv"
+    table.write_text(
+        "\ufeffslide,path,mpp,mask,process,stain\n"
+        f"first,sub/c.NDPI,0.25,m/c.png,1,HE\n,{folder}/b.svs,,,0,\n,a.tiff,,,,\n",
+        "utf-8",
+    )
+    assert list_slides(str(table)) == [
+        SlideEntry("a", str(folder / "a.tiff")),
+        SlideEntry("b", str(folder / "b.svs"), process=False),
+        SlideEntry("first", str(folder / "sub/c.NDPI"), 0.25, str(folder / "m/c.png")),
+    ]
+
+
+def test_the_column_slide_alone_is_the_path(folder):
+    (folder / "slides.csv").write_text("slide\nsub/c.NDPI\n")
+    assert list_slides(str(folder / "slides.csv")) == [SlideEntry("c", str(folder / "sub/c.NDPI"))]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file\nx.svs\n", r"has the columns \['file'\]; path is needed"),
+        ("path,mppp\nx.svs,1\n", 'column "mppp" \\(did you mean "mpp"'),
+        ("path,mpp\nx.svs,fine\n", 'line 2 of .* has "fine" below mpp'),
+        ("path,process\nx.svs,maybe\n", 'has "maybe" below process; 1 or 0'),
+        ("path,mpp\nx.svs,\n,0.5\n", "line 3 of .* has no path"),
+        ("path,slide\nx.svs,a/b\n", 'names the slide "a/b"'),
+        ("path\n", "there is no slide in"),
+    ],
+)
+def test_mistakes_in_a_table(tmp_path, text, message):
+    (tmp_path / "slides.csv").write_text(text)
+    with pytest.raises(DatasetError, match=message):
+        list_slides(str(tmp_path / "slides.csv"))
+
+
+def test_two_slides_of_one_name(folder):
+    (folder / "sub" / "b.tif").touch()
+    with pytest.raises(
+        DatasetError, match=r'stored as "b": .*b\.svs" and .*sub/b\.tif".*CSV with the columns'
+    ):
+        list_slides(str(folder))
+
+
+def test_nothing_found(tmp_path):
+    with pytest.raises(DatasetError, match="there is no slide in"):
+        list_slides(str(tmp_path))

@@ -1,0 +1,269 @@
+"""Runs over lists of slides with real processes: shared, killed, resumed, broken."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinov2.data.slides import tile
+from dinov2.data.slides.locks import SlideLock
+from dinov2.data.slides.output_folder import OutputFolder
+from dinov2.data.slides.recipe import TilingRecipe
+from dinov2.data.slides.slide_list import SlideEntry, list_slides
+from dinov2.data.slides.tile_many import TilingRun, run_all
+from dinov2.errors import ConfigError
+from tests.conftest import REAL_DATA, REPO
+from tests.data.slides.drawn_slide import real_slide_picture, write_pyramid
+
+RECIPE = TilingRecipe(min_tissue=0.5, max_tiles=12)
+# So many tiles that there is time to kill whoever makes them.
+SLOW = TilingRecipe(overlap=184)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three good slides with different suffixes."""
+    folder = tmp_path_factory.mktemp("slides")
+    shutil.copy(REAL_DATA / "cmu_small_region.svs", folder / "first.svs")
+    picture = real_slide_picture()
+    write_pyramid(folder / "second.tiff", picture[:1500], mpp=0.499)
+    write_pyramid(folder / "third.tif", picture[1400:], mpp=0.499)
+    return folder
+
+
+def run(output, entries, recipe=RECIPE, **options):
+    lines = []
+    records = run_all(TilingRun(list(entries), recipe, OutputFolder(str(output)), **options), lines.append)
+    return {record["slide"]: record for record in records}, lines
+
+
+def content(output):
+    """Everything a run has made: path -> bytes, without times."""
+    return {
+        str(path.relative_to(output)): path.read_bytes()
+        for path in sorted(Path(output).rglob("*"))
+        if path.is_file() and path.parent.name != "state" and path.name not in ("summary.csv", "entry.csv")
+    }
+
+
+def summary(output):
+    with (Path(output) / "summary.csv").open() as file:
+        return {row["slide"]: row for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished")
+    return output, *run(output, list_slides(str(folder)), workers=2)
+
+
+def test_a_list_of_slides(finished):
+    output, records, lines = finished
+    assert {name: record["status"] for name, record in records.items()} == dict.fromkeys(
+        ("first", "second", "third"), "done"
+    )
+    assert all(len(list((output / "patches" / name).iterdir())) == 12 for name in records)
+    assert summary(output)["second"]["n_tiles"] == "12"
+    assert sorted(lines)[0].startswith("[1/3] ") and "12 tiles" in lines[0]
+    assert not list((output / "state").glob("*.lock"))
+
+
+def test_a_rerun_does_nothing(folder, finished):
+    output, _, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.jpeg")}
+    _, lines = run(output, list_slides(str(folder)))
+    assert lines == ["3 of 3 slides are done or left out already"]
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.jpeg")} == before
+
+
+def test_another_recipe_is_an_error_or_redone(folder, finished, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(finished[0], output)
+    other = TilingRecipe(min_tissue=0.6, max_tiles=5)
+    entries = list_slides(str(folder))
+    message = r"first \(max_tiles 12 -> 5, min_tissue 0.5 -> 0.6\).*--redo"
+    with pytest.raises(ConfigError, match=message):
+        run(output, entries, other)
+    records, _ = run(output, entries[:1], other, redo=True)
+    assert records["first"]["n_tiles"] == len(list((output / "patches" / "first").iterdir())) == 5
+    assert len(list((output / "patches" / "second").iterdir())) == 12
+
+
+def test_a_slide_that_changed_is_noticed(folder, finished, tmp_path):
+    changed = tmp_path / "first.tif"
+    write_pyramid(changed, np.full((600, 600, 3), 240, np.uint8))
+    with pytest.raises(ConfigError, match=r"first \(slide bytes \d+ -> \d+\)"):
+        run(finished[0], [SlideEntry("first", str(changed))])
+
+
+def test_broken_slides_among_good_ones(folder, tmp_path):
+    good = list_slides(str(folder))
+    (tmp_path / "text.svs").write_text("no slide")
+    cut = (folder / "third.tif").read_bytes()
+    (tmp_path / "cut.tif").write_bytes(cut[: len(cut) // 2])
+    entries = [
+        SlideEntry("a_text", str(tmp_path / "text.svs")),
+        good[0],
+        SlideEntry("cut", str(tmp_path / "cut.tif")),
+        SlideEntry("gone", str(tmp_path / "gone.svs")),
+        SlideEntry("left_out", str(tmp_path / "gone.svs"), process=False),
+        good[1],
+    ]
+    output = tmp_path / "out"
+    records, lines = run(output, entries)
+    status = {name: record["status"] for name, record in records.items()}
+    assert status == {
+        "a_text": "failed",
+        "first": "done",
+        "cut": "failed",
+        "gone": "failed",
+        "left_out": "skipped",
+        "second": "done",
+    }
+    assert "gone.svs" in records["gone"]["error"] and "is missing" in records["gone"]["error"]
+    assert sorted(path.name for path in (output / "patches").iterdir()) == ["first", "second"]
+    assert list((output / ".work").iterdir()) == []
+    assert {name: row["status"] for name, row in summary(output).items()} == status
+    assert any("a_text: failed, " in line for line in lines)
+    # Mended, the failed slide is made by the next run; the others stay.
+    shutil.copy(folder / "third.tif", tmp_path / "cut.tif")
+    records, _ = run(output, entries)
+    assert records["cut"]["status"] == "done"
+    assert records["a_text"]["status"] == "failed"
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def tiles_in_work(output, slide):
+    return list((Path(output) / ".work" / slide).glob(f"*/patches/{slide}/*.jpeg"))
+
+
+def holder(output, slide):
+    return json.loads((Path(output) / "state" / f"{slide}.lock").read_text())["pid"]
+
+
+def _kill_the_worker(output, slide):
+    wait_for(lambda: tiles_in_work(output, slide))
+    os.kill(holder(output, slide), signal.SIGKILL)
+
+
+def test_a_slide_that_takes_its_process_down_is_recorded(folder, tmp_path):
+    entries = list_slides(str(folder))[:2]
+    killer = get_context("fork").Process(target=_kill_the_worker, args=(tmp_path, "first"))
+    killer.start()
+    records, _ = run(tmp_path, entries, SLOW)
+    killer.join()
+    assert killer.exitcode == 0
+    assert records["first"]["status"] == "failed"
+    assert "killed by signal 9" in records["first"]["error"]
+    assert records["second"]["status"] == "done"
+    assert not (tmp_path / "patches" / "first").exists()
+    assert not (tmp_path / ".work" / "first").exists()
+    records, _ = run(tmp_path, entries, SLOW)
+    assert records["first"]["status"] == "done"
+
+
+def command(*arguments):
+    return [sys.executable, str(REPO / "scripts" / "tile_slides.py"), *map(str, arguments)]
+
+
+def test_a_killed_run_leaves_no_half_slide_and_is_resumed(folder, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    arguments = ("--slides", folder / "first.svs", "--output", tmp_path, "--overlap", 184)
+    process = subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.DEVNULL)
+    wait_for(lambda: len(tiles_in_work(tmp_path, "first")) > 5)
+    worker = holder(tmp_path, "first")
+    process.kill()
+    process.wait()
+    wait_for(lambda: not Path(f"/proc/{worker}").exists())  # the worker ends by itself
+    assert not (tmp_path / "patches" / "first").exists()
+    assert not (tmp_path / "state" / "first.json").exists()
+    records, _ = run(tmp_path, list_slides(str(folder / "first.svs")), SLOW)
+    assert records["first"]["status"] == "done"
+    assert len(list((tmp_path / "patches" / "first").iterdir())) == records["first"]["n_tiles"] > 800
+    assert list((tmp_path / ".work").iterdir()) == []
+
+
+def test_a_slide_moved_but_not_recorded_is_made_again(folder, finished, tmp_path):
+    """What a kill between the last two steps leaves."""
+    shutil.copytree(finished[0], tmp_path / "out")
+    (tmp_path / "out" / "state" / "second.json").unlink()
+    (tmp_path / "out" / "patches" / "second" / "second_patch_9999.jpeg").touch()
+    run(tmp_path / "out", list_slides(str(folder)))
+    assert content(tmp_path / "out") == content(finished[0])
+
+
+def test_a_slide_that_fails_leaves_no_tiles_of_before(finished, tmp_path):
+    """Moved but not recorded, and then the file is damaged."""
+    shutil.copytree(finished[0], tmp_path / "out")
+    (tmp_path / "out" / "state" / "second.json").unlink()
+    (tmp_path / "second.svs").write_text("no slide")
+    records, _ = run(tmp_path / "out", [SlideEntry("second", str(tmp_path / "second.svs"))])
+    assert records["second"]["status"] == "failed"
+    assert [path.stem for path in sorted((tmp_path / "out" / "patches").iterdir())] == ["first", "third"]
+    assert not list((tmp_path / "out").glob("*/second.[jpc]*g"))
+
+
+def test_two_runs_share_a_list(folder, finished, tmp_path):
+    with ThreadPoolExecutor(2) as pool:  # the slides are made in processes, all of them at once
+        runs = [pool.submit(run, tmp_path, list_slides(str(folder)), workers=3) for _ in range(2)]
+        results = [future.result()[0] for future in runs]
+    status = [{name: record["status"] for name, record in records.items()} for records in results]
+    assert all(set(names.values()) <= {"done", "skipped"} for names in status)
+    assert all("done" in (first, second) for first, second in zip(*(s.values() for s in status), strict=True))
+    assert content(tmp_path) == content(finished[0])
+    assert {row["status"] for row in summary(tmp_path).values()} == {"done"}
+
+
+def test_a_slide_in_work_elsewhere_is_left_alone(folder, tmp_path):
+    lock = SlideLock(OutputFolder(str(tmp_path)).lock_path("first"))
+    assert lock.acquire()
+    records, _ = run(tmp_path, list_slides(str(folder))[:2])
+    assert records["first"] == {
+        "slide": "first",
+        "status": "skipped",
+        "error": "another process works on it",
+    }
+    assert records["second"]["status"] == "done"
+    assert lock.owned()
+
+
+def test_the_command(folder, tmp_path, capsys):
+    (tmp_path / "text.svs").write_text("no slide")
+    table = tmp_path / "slides.csv"
+    table.write_text(f"path,slide,process\n{folder}/second.tiff,good,1\ntext.svs,bad,1\n")
+    arguments = ["--slides", str(table), "--output", str(tmp_path / "out"), "--max-tiles", "3"]
+    with pytest.raises(SystemExit) as ended:
+        tile.main([*arguments, "--dry-run"])
+    assert ended.value.code == 1
+    shown = capsys.readouterr().out
+    assert "bad: failed, " in shown
+    assert "good: 2220 x 1500 px of 0.499 um" in shown and "3 tiles from level 0" in shown
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as ended:
+        tile.main(arguments)
+    assert ended.value.code == 1
+    assert "3 tiles; slides: 1 done, 1 failed" in capsys.readouterr().out
+    tile.main([*arguments, "--skip-errors"])
+    with pytest.raises(ConfigError, match="--workers is 0"):
+        tile.main([*arguments, "--workers", "0"])
+
+
+def test_the_command_line_has_the_defaults_of_the_recipe():
+    args = tile.get_args_parser().parse_args(["--slides", "x", "--output", "y"])
+    assert tile.recipe_of(args) == TilingRecipe()
