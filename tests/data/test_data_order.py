@@ -146,6 +146,16 @@ def test_going_back_to_the_old_number_does_not_go_back_in_the_order(sampler_type
     assert order.segments == (Segment(2, 5), Segment(3, 2), Segment(2, 4))
 
 
+@pytest.mark.parametrize("sampler_type", TYPES)
+def test_the_passes_that_follow_are_those_of_the_new_number(sampler_type):
+    """Two processes have begun pass 1; what pass 1 lacks comes first, then three processes draw pass 2."""
+    order = DataOrder(sampler_type, 0, 24).advanced(2, 15)
+    kind = InfiniteSampler if sampler_type == "infinite" else ShardedInfiniteSampler
+    for rank in range(3):
+        expected = first(kind(sample_count=24, shuffle=True, start=rank, step=3), 32)
+        assert first(order.sampler(rank, 3), 22)[6:] == expected[16:]
+
+
 def test_what_is_left_comes_in_random_order():
     """Not sorted, and not process by process."""
     order = DataOrder("sharded_infinite", 0, 1000).advanced(4, 100)
