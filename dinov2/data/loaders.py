@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -13,6 +13,7 @@ from dinov2 import distributed
 from dinov2.data.dataset_string import parse_dataset_string
 from dinov2.data.datasets import NCTCRC, ImageFolder, ImageNet, ImageNet22k, Pathology
 from dinov2.data.datasets.CustomImageDataset import CustomImageDataset
+from dinov2.data.datasets.path_map import PathMap, explained_paths, map_options
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
 from dinov2.data.workers import seed_worker, worker_generator
 from dinov2.errors import ConfigError, DatasetError, nearest
@@ -39,6 +40,7 @@ def make_dataset(
     dataset_str: str,
     transform: Callable | None = None,
     target_transform: Callable | None = None,
+    path_map: PathMap | Mapping[str, str] | None = None,
 ) -> Dataset:
     """Build the dataset that a dataset string describes (grammar: :mod:`dinov2.data.dataset_string`).
 
@@ -46,6 +48,8 @@ def make_dataset(
         dataset_str: name and options, e.g. ``Pathology:split=TRAIN:root=/index:extra=/index:sshid=13``.
         transform: applied to each PIL image.
         target_transform: applied to each target.
+        path_map: where recorded folders lie here (``train.path_map``), for ``root`` and ``extra`` and for the
+            paths in the dataset's files; see :mod:`dinov2.data.datasets.path_map`.
 
     Raises:
         DatasetError: the name or a key is unknown, a key is missing, a folder or file that the dataset
@@ -57,10 +61,15 @@ def make_dataset(
             f'Unsupported dataset "{name}"{nearest(name, DATASETS)}; accepted are {", ".join(DATASETS)}'
         )
     dataset_class = DATASETS[name]
-    dataset = dataset_class(
-        **_typed_options(dataset_class, options), transform=transform, target_transform=target_transform
-    )
-    count = len(dataset)
+    general_map = PathMap.of(path_map)
+    typed = _typed_options(dataset_class, options)
+    with explained_paths(options, general_map):
+        dataset = dataset_class(
+            **map_options(typed, inspect.signature(dataset_class).parameters, general_map),
+            transform=transform,
+            target_transform=target_transform,
+        )
+        count = len(dataset)
     logger.info('dataset "%s": %d samples', dataset_str, count)
     if count == 0:
         raise DatasetError(f'the dataset "{dataset_str}" is empty: check its folders and its index')
