@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from fractions import Fraction
 from functools import partial
@@ -25,6 +25,7 @@ from dinov2.data.datasets import (
 )
 from dinov2.data.datasets.CustomImageDataset import CustomImageDataset
 from dinov2.data.datasets.mixture import MixtureDataset
+from dinov2.data.datasets.path_map import PathMap, explained_paths, map_options
 from dinov2.data.loader_errors import WatchedLoader
 from dinov2.data.pass_orders import has_recorded_order
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
@@ -57,6 +58,7 @@ def make_dataset(
     dataset_str: str | Sequence[str],
     transform: Callable | None = None,
     target_transform: Callable | None = None,
+    path_map: PathMap | Mapping[str, str] | None = None,
 ) -> Dataset:
     """Build the dataset that a dataset string describes (grammar: :mod:`dinov2.data.dataset_string`).
 
@@ -67,6 +69,8 @@ def make_dataset(
             (:class:`~dinov2.data.datasets.mixture.MixtureDataset`).
         transform: applied to each PIL image.
         target_transform: applied to each target.
+        path_map: where recorded folders lie here (``train.path_map``), for ``root`` and ``extra`` and for the
+            paths in the dataset's files; see :mod:`dinov2.data.datasets.path_map`.
 
     Raises:
         DatasetError: the name or a key is unknown, a key is missing, a folder or file that the dataset
@@ -76,7 +80,12 @@ def make_dataset(
     parts = [part for text in texts for part in split_mixture(text, DATASETS)]
     if not parts:
         raise DatasetError("the list of dataset strings is empty: give at least one")
-    build = partial(_make_one, transform=transform, target_transform=target_transform)
+    build = partial(
+        _make_one,
+        transform=transform,
+        target_transform=target_transform,
+        general_map=PathMap.of(path_map),
+    )
     datasets = [_make_part(build, part, number, len(parts)) for number, part in enumerate(parts, 1)]
     if len(datasets) == 1:
         return datasets[0]
@@ -102,17 +111,27 @@ def _make_part(build: Callable[[str], Dataset], part: MixturePart, number: int, 
         raise DatasetError(f"{place}{error}{hint}") from error
 
 
-def _make_one(dataset_str: str, *, transform: Callable | None, target_transform: Callable | None) -> Dataset:
+def _make_one(
+    dataset_str: str,
+    *,
+    transform: Callable | None,
+    target_transform: Callable | None,
+    general_map: PathMap,
+) -> Dataset:
     name, options = parse_dataset_string(dataset_str)
     if name not in DATASETS:
         raise DatasetError(
             f'Unsupported dataset "{name}"{nearest(name, DATASETS)}; accepted are {", ".join(DATASETS)}'
         )
     dataset_class = DATASETS[name]
-    dataset = dataset_class(
-        **_typed_options(dataset_class, options), transform=transform, target_transform=target_transform
-    )
-    count = len(dataset)
+    typed = _typed_options(dataset_class, options)
+    with explained_paths(options, general_map):
+        dataset = dataset_class(
+            **map_options(typed, inspect.signature(dataset_class).parameters, general_map),
+            transform=transform,
+            target_transform=target_transform,
+        )
+        count = len(dataset)
     logger.info('dataset "%s": %d samples', dataset_str, count)
     if count == 0:
         raise DatasetError(f'the dataset "{dataset_str}" is empty: check its folders and its index')

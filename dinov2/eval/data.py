@@ -1,6 +1,6 @@
 """Labelled datasets for evaluation and the loader that goes through them once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,18 @@ from dinov2.eval.metrics import NO_LABEL
 CLASSES_SHOWN = 10
 
 
-def make_labelled_dataset(dataset_str: str, transform: Callable | None = None) -> Dataset:
+def make_labelled_dataset(
+    dataset_str: str, transform: Callable | None = None, path_map: Mapping[str, str] | None = None
+) -> Dataset:
     """Make a dataset from its string and see to it that its samples carry labels.
+
+    Args:
+        dataset_str, transform, path_map: See :func:`dinov2.data.make_dataset`.
 
     Raises:
         DatasetError: The string is wrong, or the dataset is empty or has no labels.
     """
-    dataset = make_dataset(dataset_str=dataset_str, transform=transform)
+    dataset = make_dataset(dataset_str=dataset_str, transform=transform, path_map=path_map)
     target = dataset.get_target(0) if hasattr(dataset, "get_target") else dataset[0][1]
     if target is None:
         raise DatasetError(

@@ -138,6 +138,7 @@ def eval_knn_with_model(
     *,
     pretrained_weights: str | None = None,
     normalisation: Mapping[str, Sequence[float]] | None = None,
+    path_map: Mapping[str, str] | None = None,
 ) -> dict[str, float | list[float]]:
     """Evaluate a backbone by k-NN and write ``results_eval_knn.json`` and its summary.
 
@@ -155,6 +156,7 @@ def eval_knn_with_model(
         pretrained_weights: Noted in the summary.
         normalisation: ``mean`` and ``std`` per channel that the model was trained with, for the default
             transform; None is ImageNet's.
+        path_map: Where recorded folders lie here (``train.path_map``).
 
     Returns:
         Percentages by names such as ``('full', 10) Top 1``.
@@ -165,8 +167,8 @@ def eval_knn_with_model(
     """
     _check_options(nb_knn, temperature, n_per_class_list, n_tries)
     transform = transform or make_classification_eval_transform(**(normalisation or {}))
-    train_dataset = make_labelled_dataset(train_dataset_str, transform)
-    val_dataset = make_labelled_dataset(val_dataset_str, transform)
+    train_dataset = make_labelled_dataset(train_dataset_str, transform, path_map)
+    val_dataset = make_labelled_dataset(val_dataset_str, transform, path_map)
     check_same_classes(train_dataset, val_dataset)
     scores = eval_knn(
         model=ModelWithAutocast(model, autocast_dtype),

@@ -76,6 +76,7 @@ def make_eval_data_loader(
     *,
     train_dataset: Dataset | None = None,
     normalisation: Mapping[str, Sequence[float]] | None = None,
+    path_map: Mapping[str, str] | None = None,
 ) -> DataLoader:
     """Return the loader of a validation or test set; lists of labels are padded with -1 for any metric.
 
@@ -83,7 +84,7 @@ def make_eval_data_loader(
         DatasetError: There are no labels, or the classes are named otherwise than those of ``train_dataset``.
     """
     dataset = make_labelled_dataset(
-        test_dataset_str, make_classification_eval_transform(**(normalisation or {}))
+        test_dataset_str, make_classification_eval_transform(**(normalisation or {})), path_map
     )
     if train_dataset is not None:
         check_same_classes(train_dataset, dataset)
@@ -106,6 +107,7 @@ def test_on_datasets(
     *,
     train_dataset: Dataset | None = None,
     normalisation: Mapping[str, Sequence[float]] | None = None,
+    path_map: Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """Return ``<dataset>_accuracy`` in percent of the classifier chosen on the validation set."""
     results = {}
@@ -124,6 +126,7 @@ def test_on_datasets(
                 metric_type,
                 train_dataset=like,
                 normalisation=normalisation,
+                path_map=path_map,
             ),
             metric_type,
             metrics_file_path,
@@ -163,6 +166,7 @@ def run_eval_linear(
     *,
     pretrained_weights: str | None = None,
     normalisation: Mapping[str, Sequence[float]] | None = None,
+    path_map: Mapping[str, str] | None = None,
 ) -> dict[str, str | float]:
     """Train the grid, choose on the validation set, report, and write ``results_eval_linear.json``.
 
@@ -179,6 +183,7 @@ def run_eval_linear(
         val_class_mapping_fpath: ``.npy`` of the classifier's index of each of the dataset's classes.
         pretrained_weights: Noted in the summary.
         normalisation: ``mean`` and ``std`` per channel that the model was trained with; None is ImageNet's.
+        path_map: Where recorded folders lie here (``train.path_map``).
 
     Returns:
         ``best_classifier`` (its name) and ``<dataset>_accuracy`` in percent per dataset.
@@ -202,7 +207,7 @@ def run_eval_linear(
     test_metric_types = _for_each(test_dataset_strs, test_metric_types or [val_metric_type], "metric types")
     val_class_mapping = _read_class_mapping(val_class_mapping_fpath)
     train_dataset = make_labelled_dataset(
-        train_dataset_str, make_classification_train_transform(**(normalisation or {}))
+        train_dataset_str, make_classification_train_transform(**(normalisation or {})), path_map
     )
     num_classes = count_classes(training_labels(train_dataset, train_dataset_str))
     val_data_loader = make_eval_data_loader(
@@ -212,6 +217,7 @@ def run_eval_linear(
         val_metric_type,
         train_dataset=train_dataset if val_class_mapping is None else None,
         normalisation=normalisation,
+        path_map=path_map,
     )
     feature_model = ModelWithIntermediateLayers(
         model, max(N_LAST_BLOCKS), partial(autocast_context, device_of(model), autocast_dtype)
@@ -252,6 +258,7 @@ def run_eval_linear(
         training_num_classes=num_classes,
         train_dataset=train_dataset,
         normalisation=normalisation,
+        path_map=path_map,
         batch_size=batch_size,
         num_workers=num_workers,
         metrics_file_path=metrics_file_path,

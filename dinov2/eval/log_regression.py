@@ -185,6 +185,7 @@ def eval_log_regression_with_model(
     output_dir: str | None = None,
     pretrained_weights: str | None = None,
     normalisation: Mapping[str, Sequence[float]] | None = None,
+    path_map: Mapping[str, str] | None = None,
 ) -> dict[str, float | list[float]]:
     """Evaluate a backbone by logistic regression on its features, which are not normalised.
 
@@ -203,6 +204,7 @@ def eval_log_regression_with_model(
         output_dir: Where the summary goes; None writes none.
         pretrained_weights: Noted in the summary.
         normalisation: ``mean`` and ``std`` per channel that the model was trained with; None is ImageNet's.
+        path_map: Where recorded folders lie here (``train.path_map``).
 
     Returns:
         ``top-1`` and, from five classes on, ``top-5`` in percent, and ``best_C``.
@@ -222,12 +224,12 @@ def eval_log_regression_with_model(
     transform = make_classification_eval_transform(
         resize_size=IMAGE_SIZE, crop_size=IMAGE_SIZE, **(normalisation or {})
     )
-    train_dataset = make_labelled_dataset(train_dataset_str, transform)
-    val_dataset = make_labelled_dataset(val_dataset_str, transform)
+    train_dataset = make_labelled_dataset(train_dataset_str, transform, path_map)
+    val_dataset = make_labelled_dataset(val_dataset_str, transform, path_map)
     check_same_classes(train_dataset, val_dataset)
     finetune_dataset = None
     if finetune_dataset_str:
-        finetune_dataset = make_labelled_dataset(finetune_dataset_str, transform)
+        finetune_dataset = make_labelled_dataset(finetune_dataset_str, transform, path_map)
         check_same_classes(train_dataset, finetune_dataset)
     results = eval_log_regression(
         model=ModelWithAutocast(model, autocast_dtype),

@@ -94,7 +94,10 @@ def build_dataset(cfg: DictConfig) -> Dataset:
         std=crops.std,
     )
     return make_dataset(
-        dataset_str=cfg.train.dataset_path, transform=augmentation, target_transform=no_target
+        dataset_str=cfg.train.dataset_path,
+        transform=augmentation,
+        target_transform=no_target,
+        path_map=cfg.train.path_map,
     )
 
 

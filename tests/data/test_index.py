@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dinov2.data import index
+from dinov2.errors import ConfigError, DatasetError
 
 
 def test_main(tile_tree):
@@ -24,3 +25,27 @@ def test_a_wrong_folder_ends_in_one_sentence_and_status_1(tile_tree, monkeypatch
     assert capsys.readouterr().err == (
         f'error: the root of Pathology is "{tile_tree}/none", which is no folder: give the path of one\n'
     )
+
+
+def test_patches_writes_an_entry_csv_and_never_replaces_one(tile_tree, capsys):
+    (tile_tree / "entry.csv").unlink()
+    tree = tile_tree / 'patches, "these"'
+    (tile_tree / "patches").rename(tree)
+    options = ["--patches", str(tree), "--extra", str(tile_tree / "extra"), "--verify", "decode"]
+    index.main(options)
+    assert "8 tiles of 3 slides" in capsys.readouterr().out
+    before = (tile_tree / "extra" / "entry.csv").read_bytes()
+    index.main([*options, "--workers", "0", "--fresh"])
+    assert (tile_tree / "extra" / "entry.csv").read_bytes() == before
+    with pytest.raises(ConfigError, match="leave --patches out"):
+        index.main(["--patches", str(tile_tree), "--extra", str(tile_tree / "extra")])
+    assert (tile_tree / "extra" / "entry.csv").read_bytes() == before
+    with pytest.raises(DatasetError, match="--patches of Pathology is .* no folder"):
+        index.main(["--patches", str(tile_tree / "none"), "--extra", str(tile_tree / "other")])
+
+
+def test_path_map_on_the_command_line(tile_tree):
+    (tile_tree / "entry.csv").write_text("patches_path\n/recorded/here\n")
+    arguments = ["--root", str(tile_tree), "--extra", str(tile_tree / "extra")]
+    index.main([*arguments, "--path-map", f"/recorded/here={tile_tree / 'patches'}"])
+    assert len(np.load(tile_tree / "extra" / "entries-TRAIN.npy")) == 8

@@ -21,9 +21,9 @@ SHORT = ["--epochs", "1", "--epoch-length", "1", "--batch-size", "4", "--learnin
 def test_images_are_normalised_as_the_config_says(tiny_case, tmp_path, monkeypatch, module, more):
     seen, real = [], module.make_labelled_dataset
 
-    def recording(dataset_str, transform):
+    def recording(dataset_str, transform, path_map):
         seen.append(transform(torch.zeros(3, 300, 300)).amax(dim=(1, 2)))
-        return real(dataset_str, transform)
+        return real(dataset_str, transform, path_map)
 
     monkeypatch.setattr(module, "make_labelled_dataset", recording)
     monkeypatch.setattr(log_regression, "C_POWER_RANGE", torch.tensor([0.0]))

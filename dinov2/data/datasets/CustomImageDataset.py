@@ -10,6 +10,7 @@ import numpy as np
 from dinov2.data.datasets.arrays import PackedStrings
 from dinov2.data.datasets.extended import ExtendedVisionDataset
 from dinov2.data.datasets.image_folder import IMAGE_SUFFIXES
+from dinov2.data.datasets.path_map import PathMap, mapped_from
 from dinov2.errors import DatasetError
 
 logger = logging.getLogger("dinov2")
@@ -29,6 +30,8 @@ class CustomImageDataset(ExtendedVisionDataset):
         transform: applied to each image.
         target_transform: applied to each target.
         test_size, random_state: accepted as in the forks, where they have no effect either.
+        path_map: where recorded folders lie here, for the paths in the file; see
+            :mod:`dinov2.data.datasets.path_map`.
 
     Raises:
         DatasetError: the file is missing or unusable, or its first image is missing.
@@ -43,6 +46,8 @@ class CustomImageDataset(ExtendedVisionDataset):
         target_transform: Callable | None = None,
         test_size: float = 0.2,
         random_state: int = 42,
+        *,
+        path_map: PathMap | str = "",
     ) -> None:
         if not extra or not Path(extra).is_file():
             raise DatasetError(
@@ -56,12 +61,14 @@ class CustomImageDataset(ExtendedVisionDataset):
         header, rows = _read_rows(extra)
         labels, self.classes = _number_labels(_column(header, rows, "label"), extra)
         keep = _lines_of_split(_column(header, rows, "split"), split, extra, len(rows))
-        self._paths = PackedStrings(rows[line][0] for line in keep)
+        self.path_map = PathMap.of(path_map)
+        recorded = [rows[line][0] for line in keep]
+        self._paths = PackedStrings(map(self.path_map, recorded) if self.path_map else recorded)
         self._targets = None if labels is None else labels[keep]
         if len(self) and not Path(self.get_image_path(0)).exists():
             raise DatasetError(
-                f'the first image of "{extra}" is missing: there is no "{self.get_image_path(0)}"; relative '
-                "paths are taken from root"
+                f'the first image of "{extra}" is missing: there is no "{self.get_image_path(0)}"'
+                f"{mapped_from(recorded[0], self._paths[0])}; relative paths are taken from root"
             )
 
     def __len__(self) -> int:

@@ -1,5 +1,7 @@
 """Index arrays on disk and compact lists of strings, both cheap to hand to worker processes."""
 
+import errno
+import glob
 import mmap
 import os
 import uuid
@@ -88,27 +90,48 @@ class PackedStrings:
 
 
 @contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Say in one sentence that a file can not be written, whatever the file system's reason.
+
+    Raises:
+        OutputError: in place of any other ``OSError``.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "free some space" if full else "name a folder that can be written"
+        raise OutputError(f'can not write "{path}" ({error}): {advice}') from error
+
+
+@contextmanager
 def atomic_file(path: str) -> Iterator[BinaryIO]:
     """Open a file to write that takes its name only when it is complete; readers never see a part.
 
     Raises:
-        OutputError: the folder can not be written.
+        OutputError: the folder can not be written, or has no space left.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with writing(path):
         target.parent.mkdir(parents=True, exist_ok=True)
-        file = temporary.open("wb")
-    except OSError as error:
-        raise OutputError(f'can not write "{path}" ({error}): name a folder that can be written') from error
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str) -> None:
+    """Remove what an :func:`atomic_file` of that path left behind when its process was killed."""
+    target = Path(path)
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def save_array(path: str, array: np.ndarray) -> None:

@@ -4,19 +4,23 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
+from dinov2.data.datasets.path_map import mapped_from
 from dinov2.errors import DatasetError, nearest
 
 SplitT = TypeVar("SplitT", bound=Enum)
 
 
-def existing_folder(path: str, *, dataset: str, key: str) -> str:
-    """Return ``path`` if it is a folder.
+def existing_folder(path: str, *, dataset: str, key: str, recorded: str = "") -> str:
+    """Return ``path`` if it is a folder; ``recorded`` is what it was before a path map.
 
     Raises:
         DatasetError: it is empty, missing or a file.
     """
     if not path or not Path(path).is_dir():
-        raise DatasetError(f'the {key} of {dataset} is "{path}", which is no folder: give the path of one')
+        origin = mapped_from(recorded or path, path)
+        raise DatasetError(
+            f'the {key} of {dataset} is "{path}"{origin}, which is no folder: give the path of one'
+        )
     return str(path)
 
 

@@ -1,109 +1,105 @@
-"""Writing and checking the index of :class:`~dinov2.data.datasets.Pathology`."""
+"""The files of the index of :class:`~dinov2.data.datasets.Pathology`: rows, slide names, skipped files.
+
+The rows, ``entries-TRAIN.npy``, are the forks'. ``slides-TRAIN.json`` says which slides they mean, so that
+the folders may change: ``{"entries": fingerprint of the rows, "slides": [[name, ...] per folder]}``; where
+not all tiles are ``.jpeg``, also ``"suffixes": [".jpeg", ".png"]`` and ``"suffix_of": ["0010", ...]``, a
+digit per slide.
+"""
 
 import json
 import logging
-import os
-import re
 import zlib
-from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from dinov2.data.datasets.arrays import atomic_file
+from dinov2.data.datasets.arrays import PackedStrings, atomic_file, writing
 from dinov2.errors import DatasetError
 
 logger = logging.getLogger("dinov2")
 
 ENTRY_DTYPE = np.dtype([("actual_index", "<u4"), ("dir_index", "<u4"), ("dataset_index", "<u4")])
-SUFFIX = ".jpeg"
-OTHER_IMAGE_SUFFIXES = (".jpg", ".png", ".tif", ".tiff", ".bmp", ".webp")
-_NUMBER = re.compile(r"0|[1-9]\d*", re.ASCII)
+DEFAULT_SUFFIX = ".jpeg"
 _FINGERPRINT_ROWS = 256
 
 
-def tile_name(slide: str, number: int) -> str:
-    """Return the file name of a tile."""
-    return f"{slide}_patch_{number}{SUFFIX}"
+class IndexFiles:
+    """Paths of the files of one index.
+
+    Args:
+        folder: the ``extra`` of a dataset string.
+        split: in capitals.
+    """
+
+    def __init__(self, folder: str, split: str) -> None:
+        def path(name: str) -> str:
+            return str(Path(folder, name))
+
+        self.entries = path(f"entries-{split}.npy")
+        self.names = path(f"slides-{split}.json")
+        # Written before the rows and renamed after them: one of the two names files always fits the rows.
+        self.next_names = path(f"slides-{split}.next.json")
+        self.skipped = path(f"skipped-{split}.csv")
+        self.journal = path(f"journal-{split}.txt")
+        self.lock = path(f"builder-{split}.lock")
 
 
-def write_tile_index(folders: list[str], entries_path: str, names_path: str) -> int:
-    """List the tiles of all patches folders, write the index and the slide names; return the number of tiles.
+@dataclass(frozen=True)
+class SlideNames:
+    """The slides of one patches folder, in the order of their numbers.
 
-    Files that are no tiles are left out and counted in the log.
+    Attributes:
+        names: of the folders.
+        suffixes: of their tiles, each index a slide; None if all are ``.jpeg``.
+        suffix_of: digit of each slide, an index into ``suffixes``.
+    """
+
+    names: PackedStrings
+    suffixes: tuple[str, ...] = (DEFAULT_SUFFIX,)
+    suffix_of: str = ""
+
+    def suffix(self, slide_number: int) -> str:
+        """Return the suffix of the tiles of a slide."""
+        return self.suffixes[int(self.suffix_of[slide_number])] if self.suffix_of else DEFAULT_SUFFIX
+
+
+def write_index(
+    files: IndexFiles,
+    rows: Iterable[tuple[int, int, np.ndarray]],
+    total: int,
+    names: list[list[str]],
+    suffixes: list[list[str]],
+) -> None:
+    """Write the rows and the names of an index; a reader finds the old index or the new one at any moment.
+
+    Args:
+        files: where to.
+        rows: (number of the folder, number of the slide within it, numbers of its tiles), in their order.
+        total: number of all tiles.
+        names: of the slides, by folder.
+        suffixes: of their tiles, by folder.
 
     Raises:
-        DatasetError: there are no tiles.
-        OutputError: the index can not be written.
+        OutputError: a file can not be written.
     """
-    strays: Counter[str] = Counter()
-    slides_by_folder = [sorted(os.listdir(folder)) for folder in folders]  # noqa: PTH208
-    with atomic_file(entries_path) as file:
-        total = 0
-        header_bytes = _write_header(file, 0)
-        for folder_number, (folder, slides) in enumerate(zip(folders, slides_by_folder, strict=True)):
-            for slide_number, slide in enumerate(slides):
-                numbers = _tile_numbers(f"{folder}/{slide}", slide, strays)
-                rows = np.empty(len(numbers), dtype=ENTRY_DTYPE)
-                rows["actual_index"] = numbers
-                rows["dir_index"] = slide_number
-                rows["dataset_index"] = folder_number
-                file.write(rows.tobytes())
-                total += len(rows)
-        _report_strays(strays, total, folders)
-        file.seek(0)
-        assert _write_header(file, total) == header_bytes
-    _write_slide_names(names_path, slides_by_folder, np.load(entries_path, mmap_mode="r"))
-    return total
-
-
-def _tile_numbers(slide_folder: str, slide: str, strays: Counter[str]) -> list[int]:
-    """Return the sorted numbers of a slide's tiles, counting other files by suffix."""
-    prefix = f"{slide}_patch_"
-    numbers = []
-    try:
-        with os.scandir(slide_folder) as entries:
-            names = [entry.name for entry in entries]
-    except NotADirectoryError:
-        strays[Path(slide_folder).suffix.lower()] += 1
-        return []
-    except OSError as error:
-        logger.warning('"%s" can not be listed and is left out: %s', slide_folder, error)
-        return []
-    for name in names:
-        number = name[len(prefix) : -len(SUFFIX)]
-        # The index keeps the number alone, so the name must be the one that is made from it again.
-        if name.startswith(prefix) and name.endswith(SUFFIX) and _NUMBER.fullmatch(number):
-            numbers.append(int(number))
-        else:
-            strays[Path(name).suffix.lower()] += 1
-    return sorted(numbers)
-
-
-def _report_strays(strays: Counter[str], total: int, folders: list[str]) -> None:
-    listed = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in strays.most_common())
-    if not total:
-        found = f"; it found {listed}" if strays else ""
-        other = any(suffix in strays for suffix in OTHER_IMAGE_SUFFIXES)
-        advice = (
-            "convert the images, or use ImageFolder or CustomImageDataset" if other else "check entry.csv"
-        )
-        raise DatasetError(
-            f"Pathology finds no tile <slide>/<slide>_patch_<number>{SUFFIX} below {', '.join(folders[:3])}"
-            f"{found}: {advice}"
-        )
-    if strays:
-        logger.warning("%d files are no tiles and were left out: %s", strays.total(), listed)
-
-
-def _write_header(file: BinaryIO, rows: int) -> int:
-    """Write the header of an ``.npy`` file; return its length, which is the same for any number of rows."""
-    buffer = BytesIO()
-    description = {"descr": ENTRY_DTYPE.descr, "fortran_order": False, "shape": (rows,)}
-    np.lib.format.write_array_header_1_0(buffer, description)
-    return file.write(buffer.getvalue())
+    header = BytesIO()
+    description = {"descr": ENTRY_DTYPE.descr, "fortran_order": False, "shape": (total,)}
+    np.lib.format.write_array_header_1_0(header, description)
+    with atomic_file(files.entries) as file:
+        file.write(header.getvalue())
+        for folder_number, slide_number, numbers in rows:
+            block = np.empty(len(numbers), dtype=ENTRY_DTYPE)
+            block["actual_index"] = numbers
+            block["dir_index"] = slide_number
+            block["dataset_index"] = folder_number
+            file.write(block.tobytes())
+        file.flush()
+        _write_slide_names(files.next_names, _fingerprint(np.load(file.name, mmap_mode="r")), names, suffixes)
+    with writing(files.names):
+        Path(files.next_names).replace(files.names)
 
 
 def _fingerprint(entries: np.ndarray) -> list[int]:
@@ -112,21 +108,45 @@ def _fingerprint(entries: np.ndarray) -> list[int]:
     return [len(entries), zlib.crc32(np.ascontiguousarray(sample).tobytes())]
 
 
-def _write_slide_names(path: str, slides_by_folder: list[list[str]], entries: np.ndarray) -> None:
-    content = {"entries": _fingerprint(entries), "slides": slides_by_folder}
+def _write_slide_names(
+    path: str, fingerprint: list[int], names: list[list[str]], suffixes: list[list[str]]
+) -> None:
+    content = {"entries": fingerprint, "slides": names}
+    used = sorted({suffix for of_folder in suffixes for suffix in of_folder})
+    if used not in ([], [DEFAULT_SUFFIX]):
+        digit = {suffix: str(number) for number, suffix in enumerate(used)}
+        content["suffixes"] = used
+        content["suffix_of"] = ["".join(digit[suffix] for suffix in of_folder) for of_folder in suffixes]
     with atomic_file(path) as file:
         file.write(json.dumps(content).encode("ascii"))
 
 
-def read_slide_names(path: str, entries: np.ndarray) -> list[list[str]] | None:
-    """Return the slide names recorded with an index; None if there are none, as beside an index of the forks.
+def read_slide_names(files: IndexFiles, entries: np.ndarray) -> list[SlideNames] | None:
+    """Return the slides recorded with an index; None if there are none, as beside an index of the forks.
 
     Names that belong to another index are left aside with a warning.
+
+    Raises:
+        DatasetError: the file is damaged.
     """
-    if not Path(path).is_file():
+    fingerprint = _fingerprint(entries)
+    for path in (files.names, files.next_names):
+        content = _read_json(path)
+        if content is not None and content["entries"] == fingerprint:
+            suffixes = tuple(content.get("suffixes", (DEFAULT_SUFFIX,)))
+            suffix_of = content.get("suffix_of", [""] * len(content["slides"]))
+            folders = zip(content["slides"], suffix_of, strict=True)
+            return [SlideNames(PackedStrings(names), suffixes, digits) for names, digits in folders]
+    if Path(files.names).is_file():
+        logger.warning('"%s" was made for another index and is not used; build the index again', files.names)
+    return None
+
+
+def _read_json(path: str) -> dict | None:
+    try:
+        content = json.loads(Path(path).read_text("ascii"))
+        return content if {"entries", "slides"} <= set(content) else None
+    except FileNotFoundError:
         return None
-    content = json.loads(Path(path).read_text("ascii"))
-    if content["entries"] != _fingerprint(entries):
-        logger.warning('"%s" was made for another index and is not used; build the index again', path)
-        return None
-    return content["slides"]
+    except ValueError as error:
+        raise DatasetError(f'"{path}" is damaged ({error}): build the index again') from error

@@ -1,5 +1,6 @@
 """Slides of tiles: the forks' files, stray files, changing folders."""
 
+import csv
 import json
 import logging
 import os
@@ -104,30 +105,87 @@ def test_stray_files_are_left_out_and_counted(tile_tree, encoded, caplog):
         dataset.dump_extra()
     assert names(dataset) == EXPECTED_NAMES
     assert "7 files are no tiles" in caplog.text
-    assert "3 .jpeg" in caplog.text
+    assert "5: the name is not <slide>_patch_<number>(.jpeg|.jpg|.png)" in caplog.text
+    with (tile_tree / "skipped-TRAIN.csv").open(newline="") as file:
+        reasons = {Path(row["path"]).name: row["reason"] for row in csv.DictReader(file)}
+    assert reasons["slide_a_patch_7.jpg"] == "most tiles of its slide end in .jpeg"
+    assert reasons["list.txt"] == "it is no folder"
+    assert len(reasons) == 7
     index = tile_tree / "entries-TRAIN.npy"
     assert index.stat().st_size == np.load(index, mmap_mode="r").offset + 12 * 8
 
 
 def test_only_other_extensions_is_said(tile_tree):
     for tile in tile_tree.rglob("*.jpeg"):
-        tile.rename(tile.with_suffix(".png"))
+        tile.rename(tile.with_suffix(".tif"))
     with pytest.raises(
-        DatasetError, match=r"finds no tile .*_patch_<number>.jpeg .*8 .png: convert the images"
+        DatasetError, match=r"finds no tile .*_patch_<number>\(.jpeg\|.jpg\|.png\) .*8 .tif: check entry.csv"
     ):
         opened(tile_tree).dump_extra()
     assert not list(tile_tree.glob("*entries*"))
 
 
-def test_an_interrupted_dump_leaves_the_old_index(tile_tree, monkeypatch):
+def test_a_dump_that_finds_nothing_leaves_the_old_index(tile_tree):
     dataset = opened(tile_tree)
     dataset.dump_extra()
     before = (tile_tree / "entries-TRAIN.npy").read_bytes()
-    monkeypatch.setattr("dinov2.data.datasets.tile_index._report_strays", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    for tile in tile_tree.rglob("*.jpeg"):
+        tile.unlink()
+    with pytest.raises(DatasetError, match="finds no tile"):
         dataset.dump_extra()
     assert (tile_tree / "entries-TRAIN.npy").read_bytes() == before
     assert not list(tile_tree.glob(".*.tmp"))
+    assert not list(tile_tree.glob("*.lock"))
+
+
+def test_other_suffixes(tile_tree, tiles):
+    """A suffix per slide is kept; an index of .jpeg alone has no word of it."""
+    opened(tile_tree).dump_extra()
+    assert set(json.loads((tile_tree / "slides-TRAIN.json").read_text())) == {"entries", "slides"}
+    for suffix in ("png", "jpg"):
+        slide = tile_tree / "patches" / f"slide_{suffix}"
+        slide.mkdir()
+        for number, tile in enumerate(tiles[:3]):
+            tile.save(slide / f"slide_{suffix}_patch_{number}.{suffix}")
+    (tile_tree / "patches" / "empty").mkdir()
+    opened(tile_tree).dump_extra()
+    dataset = opened(tile_tree)
+    assert names(dataset) == [
+        *EXPECTED_NAMES,
+        *(f"slide_jpg_patch_{number}.jpg" for number in range(3)),
+        *(f"slide_png_patch_{number}.png" for number in range(3)),
+    ]
+    assert dataset[13][0].tobytes() == tiles[2].tobytes()
+    assert names(pickle.loads(pickle.dumps(dataset)))[-1] == "slide_png_patch_2.png"
+
+
+def test_rows_and_names_fit_at_any_moment_of_a_rebuild(tile_tree):
+    """What a kill between the last renames leaves: each of the two states opens as what its rows say."""
+    opened(tile_tree).dump_extra()
+    old = {name: (tile_tree / name).read_bytes() for name in ("entries-TRAIN.npy", "slides-TRAIN.json")}
+    new_slide = tile_tree / "patches" / "a_new_one"
+    new_slide.mkdir()
+    tile = (tile_tree / "patches/slide_a/slide_a_patch_0.jpeg").read_bytes()
+    (new_slide / "a_new_one_patch_4.jpeg").write_bytes(tile)
+    opened(tile_tree).dump_extra()
+    new_names = ["TCGA_patch_x_patch_5.jpeg", "a_new_one_patch_4.jpeg", *EXPECTED_NAMES[1:]]
+    assert names(opened(tile_tree)) == new_names
+    (tile_tree / "slides-TRAIN.json").rename(tile_tree / "slides-TRAIN.next.json")
+    (tile_tree / "slides-TRAIN.json").write_bytes(old["slides-TRAIN.json"])
+    assert names(opened(tile_tree)) == new_names
+    (tile_tree / "entries-TRAIN.npy").write_bytes(old["entries-TRAIN.npy"])
+    assert names(opened(tile_tree)) == EXPECTED_NAMES
+
+
+def test_a_pickle_does_not_grow_with_the_slides(tile_tree):
+    opened(tile_tree).dump_extra()
+    dataset = opened(tile_tree)
+    before = len(pickle.dumps(dataset))
+    for number in range(300):
+        (tile_tree / "patches" / f"another_slide_{number:05d}").mkdir()
+    dataset.dump_extra()
+    assert len(dataset) == 8
+    assert len(pickle.dumps(dataset)) == before
 
 
 def test_folders_are_listed_once(tile_tree, monkeypatch):
