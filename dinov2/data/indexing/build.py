@@ -83,10 +83,8 @@ def build_index(
         OutputError: the index can not be written, or another process is building it.
     """
     start = time.monotonic()
-    if verify not in LEVELS:
-        raise ConfigError(f'verify is "{verify}"{nearest(verify, LEVELS)}; accepted are {", ".join(LEVELS)}')
-    if workers is not None and workers < 0:
-        raise ConfigError(f"workers is {workers}; give a number of processes, or 0 to use this one alone")
+    _check_options(verify, workers)
+    workers = default_workers() if workers is None else workers
     with BuildLock(files.lock) as lock:
         for path in (files.entries, files.names, files.next_names, files.skipped, files.journal):
             remove_leftovers(path)
@@ -95,14 +93,19 @@ def build_index(
         if fresh:
             journal.clear()
         report = BuildReport()
-        records = _collect(
-            folders, slides, journal, lock, report, default_workers() if workers is None else workers, verify
-        )
+        records = _collect(folders, slides, journal, lock, report, workers, verify)
         _write(folders, slides, records, files, report)
         journal.compact(records.values(), len(records))
     report.seconds = time.monotonic() - start
     _log(report, files)
     return report
+
+
+def _check_options(verify: str, workers: int | None) -> None:
+    if verify not in LEVELS:
+        raise ConfigError(f'verify is "{verify}"{nearest(verify, LEVELS)}; accepted are {", ".join(LEVELS)}')
+    if workers is not None and workers < 0:
+        raise ConfigError(f"workers is {workers}; give how many work at once, or 0 for one")
 
 
 def _slide_names(folder: str) -> list[str]:
