@@ -38,7 +38,12 @@ COLUMNS = ("opened", "seconds", "cpu", "empty", "worker", "main")
 
 def write_index(folder: Path, tiles: int, slides: int) -> None:
     """Write ``entry.csv``, ``entries-TRAIN.npy``, the recorded slide names and the slide folders."""
-    from dinov2.data.datasets.tile_index import ENTRY_DTYPE, _write_slide_names
+    from dinov2.data.datasets.tile_index import (
+        DEFAULT_SUFFIX,
+        ENTRY_DTYPE,
+        index_fingerprint,
+        write_slide_names,
+    )
 
     patches = folder / "patches"
     names = sorted(f"TCGA-{number:05d}-01Z-00-DX1" for number in range(slides))
@@ -57,7 +62,8 @@ def write_index(folder: Path, tiles: int, slides: int) -> None:
         rows["dir_index"], rows["actual_index"] = np.divmod(numbers, per_slide)
         entries[begin : begin + CHUNK_ROWS] = rows
     entries.flush()
-    _write_slide_names(str(folder / "slides-TRAIN.json"), [names], entries)
+    suffixes = [[DEFAULT_SUFFIX] * len(names)]
+    write_slide_names(str(folder / "slides-TRAIN.json"), index_fingerprint(entries), [names], suffixes)
 
 
 def forget_pages(path: Path) -> None:

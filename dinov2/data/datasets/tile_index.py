@@ -97,20 +97,32 @@ def write_index(
             block["dataset_index"] = folder_number
             file.write(block.tobytes())
         file.flush()
-        _write_slide_names(files.next_names, _fingerprint(np.load(file.name, mmap_mode="r")), names, suffixes)
+        fingerprint = index_fingerprint(np.load(file.name, mmap_mode="r"))
+        write_slide_names(files.next_names, fingerprint, names, suffixes)
     with writing(files.names):
         Path(files.next_names).replace(files.names)
 
 
-def _fingerprint(entries: np.ndarray) -> list[int]:
+def index_fingerprint(entries: np.ndarray) -> list[int]:
     """Number of rows and a checksum of some hundred of them, spread evenly: cheap for any size."""
     sample = entries[:: max(1, len(entries) // _FINGERPRINT_ROWS)]
     return [len(entries), zlib.crc32(np.ascontiguousarray(sample).tobytes())]
 
 
-def _write_slide_names(
+def write_slide_names(
     path: str, fingerprint: list[int], names: list[list[str]], suffixes: list[list[str]]
 ) -> None:
+    """Record the slides of an index beside it.
+
+    Args:
+        path: the file.
+        fingerprint: of the index.
+        names: of the slide folders, in the index's order, for each patches folder.
+        suffixes: of their tiles, likewise.
+
+    Raises:
+        OutputError: it can not be written.
+    """
     content = {"entries": fingerprint, "slides": names}
     used = sorted({suffix for of_folder in suffixes for suffix in of_folder})
     if used not in ([], [DEFAULT_SUFFIX]):
@@ -129,7 +141,7 @@ def read_slide_names(files: IndexFiles, entries: np.ndarray) -> list[SlideNames]
     Raises:
         DatasetError: the file is damaged.
     """
-    fingerprint = _fingerprint(entries)
+    fingerprint = index_fingerprint(entries)
     for path in (files.names, files.next_names):
         content = _read_json(path)
         if content is not None and content["entries"] == fingerprint:
