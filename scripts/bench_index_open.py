@@ -15,6 +15,7 @@ process. Linux only.
 import argparse
 import csv
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -125,7 +126,8 @@ def draw(loader) -> tuple[float, float]:
     """Draw a batch; return the worker's private memory and its CPU seconds until then."""
     batches = iter(loader)
     next(batches)
-    pid = batches._workers[0].pid
+    (worker,) = multiprocessing.active_children()
+    pid = worker.pid
     ticks = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
     return memory_mib(pid), sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
