@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dinov2 import distributed
+from dinov2.data.device_crops import finish_batch
 from dinov2.errors import ImageReadError
 from dinov2.loss.centering import CenteredLoss
 from dinov2.train.initial_weights import InitialWeights
@@ -95,7 +96,8 @@ def find_start(
     keys = list(islice(sampler, min(IMAGES_COMPARED, cfg.train.batch_size_per_gpu)))
     samples = ReproducibleSamples(dataset, cfg.train.seed, distributed.get_global_rank())
     collate = build_collate(cfg, model.precision.input_dtype)
-    images = collate([samples[key] for key in keys[:IMAGES_RUN]])
+    collated = collate([samples[key] for key in keys[:IMAGES_RUN]])
+    images = finish_batch(collated, model.device, model.precision.input_dtype)
     tiles = [(index, _digest(dataset, index)) for _, index in keys]
     return Start(cfg, model, optimizer, dataset, initial, start_iteration, continues, tiles, images)
 
