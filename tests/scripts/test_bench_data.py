@@ -9,6 +9,7 @@ from scripts.bench_data import (
     Timing,
     agreement,
     agreement_table,
+    compare_geometry,
     core_table,
     decode,
     get_args_parser,
@@ -37,25 +38,27 @@ def worst(found):
     return min(found, key=lambda comparison: comparison.p_value)
 
 
-def test_agreement():
-    found = agreement(40)
-    assert worst(found).p_value > SIGNIFICANCE / len(found)
-    assert "The pipelines agree" in agreement_table(found)[-1]
+QUIET = {"color_jitter_prob": 0.0, "grayscale_prob": 0.0, "solarize_prob": 0.0}
 
 
 @pytest.mark.parametrize(
     ("change", "quantity"),
-    [
-        ({"horizontal_flip_prob": 0.2}, "flips"),
-        ({"aspect_ratio": (1.0, 1.4)}, "aspect ratio"),
-        ({"color_jitter": (0.0, 0.0, 0.0, 0.0)}, None),
-    ],
+    [({}, None), ({"horizontal_flip_prob": 0.2}, "flips"), ({"aspect_ratio": (1.0, 1.4)}, "aspect ratio")],
 )
-def test_a_deviation_is_found(change, quantity):
-    found = agreement(60, **change)
-    assert worst(found).p_value < SIGNIFICANCE / len(found)
+def test_regions_and_flips(change, quantity):
+    plain = plain_pipeline(32, 32, colours=False)
+    found = compare_geometry(plain, our_pipeline("fast", 32, 32, **QUIET, **change), draws=60)
+    limit = SIGNIFICANCE / len(found)
+    assert (worst(found).p_value < limit) == (quantity is not None)
     assert quantity in (None, worst(found).quantity)
-    assert worst(found).quantity in agreement_table(found)[-1].partition("differ in: ")[2]
+    assert ("The pipelines agree" in agreement_table(found)[-1]) == (quantity is None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("change", "differs"), [({}, False), ({"color_jitter": (0.0,) * 4}, True)])
+def test_agreement(change, differs):
+    found = agreement(60, **change)
+    assert (worst(found).p_value < SIGNIFICANCE / len(found)) == differs
 
 
 def test_tables_state_the_gain_within_rounds():
@@ -66,6 +69,7 @@ def test_tables_state_the_gain_within_rounds():
     assert "| 224 px | fast | 239 to 308 | 20 to 26 |" in core_table(timings)
 
 
+@pytest.mark.slow
 def test_command_line(capsys):
     main(get_args_parser().parse_args(["--rounds", "1", "--images", "1", "--draws", "5", "--device", "cpu"]))
     printed = capsys.readouterr().out
