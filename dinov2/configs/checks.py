@@ -15,6 +15,8 @@ from dinov2.errors import nearest
 
 Values = Mapping[str, Any]
 
+CROP_SCALES = ("crops.global_crops_scale", "crops.local_crops_scale")
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -54,10 +56,37 @@ def crop_sizes(values: Values) -> Iterator[Finding]:
 
 
 def ordered_pairs(values: Values) -> Iterator[Finding]:
-    for key in ("ibot.mask_ratio_min_max", "crops.global_crops_scale", "crops.local_crops_scale"):
+    for key in ("ibot.mask_ratio_min_max", *CROP_SCALES, "crops.aspect_ratio"):
         low, high = values.get(key, (0, 0))
         if low > high:
             yield Finding(f"{key} is [{low}, {high}], the smaller number comes first: [{high}, {low}]")
+
+
+def crop_scales(values: Values) -> Iterator[Finding]:
+    if values["crops.scale_reference"] == "crop":
+        return
+    for key in CROP_SCALES:
+        low, high = values.get(key, (0, 0))
+        if high > 1:
+            yield Finding(
+                f"{key} is [{low:g}, {high:g}], but shares of the image end at 1: lower it, or set "
+                "crops.scale_reference=crop, by which scales count in areas of the crop"
+            )
+
+
+def crop_colours(values: Values) -> Iterator[Finding]:
+    hue = values["crops.color_jitter"][3]
+    if hue > 0.5:
+        yield Finding(
+            f"the last number of crops.color_jitter, hue, is {hue:g}: half a turn of the colour circle, 0.5, "
+            "reaches every colour and is the most"
+        )
+    strength, probability = values["crops.hed_jitter"], values["crops.hed_jitter_prob"]
+    if (strength > 0) != (probability > 0):
+        yield Finding(
+            f"crops.hed_jitter is {strength:g} and crops.hed_jitter_prob {probability:g}: stain jitter needs "
+            "both above 0, and none is both at 0"
+        )
 
 
 def architecture(values: Values) -> Iterator[Finding]:
@@ -217,6 +246,8 @@ CHECKS: tuple[Callable[[Values], Iterator[Finding]], ...] = (
     architecture,
     crop_sizes,
     ordered_pairs,
+    crop_scales,
+    crop_colours,
     run_length,
     losses,
     ibot_head,

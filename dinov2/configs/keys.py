@@ -20,7 +20,7 @@ KIND_NAMES = {
     list: "a list of strings",
     dict: "a mapping of strings to strings",
 }
-NUMBER_WORDS = {2: "two", 3: "three"}  # lengths of the lists that keys take
+NUMBER_WORDS = {2: "two", 3: "three", 4: "four"}  # lengths of the lists that keys take
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -331,11 +331,11 @@ class Optim:
 @dataclass(kw_only=True)
 class Crops:
     global_crops_scale: tuple[float, float] = setting(
-        (0.32, 1.0), "Smallest and largest share of the image in a global crop", above=0, at_most=1
+        (0.32, 1.0), "Smallest and largest share of the image in a global crop", above=0
     )
     local_crops_number: int = setting(8, "Local crops per image", at_least=0)
     local_crops_scale: tuple[float, float] = setting(
-        (0.05, 0.32), "Smallest and largest share of the image in a local crop", above=0, at_most=1
+        (0.05, 0.32), "Smallest and largest share of the image in a local crop", above=0
     )
     global_crops_size: int = setting(224, "Side of a global crop", unit="pixels", at_least=1)
     local_crops_size: int = setting(96, "Side of a local crop", unit="pixels", at_least=1)
@@ -358,6 +358,49 @@ class Crops:
     std: tuple[float, float, float] = setting(
         (0.229, 0.224, 0.225), "Channel standard deviations of the normalisation", above=0, at_most=1
     )
+    pipeline: str = setting(
+        "reference",
+        "How crops are made: reference is torchvision on PIL images, bit for bit DINOv2's; fast makes the "
+        "same with tensors in the loader's workers; device leaves the colours to the training device",
+        choices=("reference", "fast", "device"),
+    )
+    scale_reference: str = setting(
+        "image",
+        "What the two scales are shares of: the image, or the crop's own area in pixels of the image, which "
+        "limits the zoom and may exceed 1 (extended context)",
+        choices=("image", "crop"),
+    )
+    aspect_ratio: tuple[float, float] = setting(
+        (3 / 4, 4 / 3), "Smallest and largest width / height of the region a crop is made of", above=0
+    )
+    quarter_turn_prob: float = setting(
+        0.0,
+        "Probability of a turn by 90, 180 or 270 degrees; 0.75 suits tissue",
+        at_least=0,
+        at_most=1,
+    )
+    color_jitter: tuple[float, float, float, float] = setting(
+        (0.4, 0.4, 0.2, 0.1),
+        "Strengths of the jitter of brightness, contrast, saturation and hue (at most 0.5)",
+        at_least=0,
+    )
+    color_jitter_prob: float = setting(0.8, "Probability of colour jitter", at_least=0, at_most=1)
+    grayscale_prob: float = setting(0.2, "Probability of a grey crop", at_least=0, at_most=1)
+    solarize_prob: float = setting(
+        0.2,
+        "Probability that the bright half of the second global crop is inverted; 0 suits tissue",
+        at_least=0,
+        at_most=1,
+    )
+    hed_jitter: float = setting(
+        0.0,
+        "Strength of stain jitter: largest relative change of haematoxylin, eosin and residual, and largest "
+        "addition to them",
+        unit="optical density, natural logarithm",
+        at_least=0,
+        at_most=1,
+    )
+    hed_jitter_prob: float = setting(0.0, "Probability of stain jitter", at_least=0, at_most=1)
 
 
 @dataclass(kw_only=True)

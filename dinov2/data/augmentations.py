@@ -1,26 +1,30 @@
-"""Multi-crop augmentation of DINOv2 (arXiv:2304.07193, section 4; constants of the public recipe)."""
+"""Multi-crop augmentation of DINOv2 (arXiv:2304.07193, section 4; constants of the public recipe).
+
+Three pipelines make the same crops under the same seed: ``reference`` is torchvision on PIL images, bit for
+bit DINOv2's; ``fast`` and ``device`` are tensor operations that agree with it to a few grey levels.
+"""
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torchvision import transforms
-from torchvision.transforms import InterpolationMode
 
-from dinov2.data.transforms import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    GaussianBlur,
-    MaybeToTensor,
-    make_normalize_transform,
-)
-from dinov2.errors import ConfigError
+from dinov2.data.crop_parameters import SCALE_REFERENCES, CropRecipe
+from dinov2.data.device_crops import NORMALISATION
+from dinov2.data.fast_crops import FastCrop, RawCrop, to_tensor
+from dinov2.data.random_stream import RandomStream
+from dinov2.data.reference_crops import reference_crop
+from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from dinov2.errors import ConfigError, nearest
 
 logger = logging.getLogger("dinov2")
 
 BLUR_MODES = ("effective", "nominal")
 NOMINAL_BLUR = {"global_1": 1.0, "global_2": 0.1, "local": 0.5}
-SOLARIZE_THRESHOLD = 128
+PIPELINES = ("reference", "fast", "device")
 
 
 class DataAugmentationDINO:
@@ -40,9 +44,23 @@ class DataAugmentationDINO:
         gaussian_blur: ``"effective"`` blurs as the published weights were trained (global crops 1 and 2
             and local crops with probability 0, 0.9 and 0.5), ``"nominal"`` as their recipe was meant (1,
             0.1 and 0.5).
+        quarter_turn_prob: probability of a turn by 90, 180 or 270 degrees.
+        color_jitter: strengths of brightness, contrast, saturation (at least 0) and hue (0..0.5).
+        color_jitter_prob: probability of the four together.
+        grayscale_prob: probability of a grey crop.
+        solarize_prob: probability that the bright half of the second global crop is inverted.
+        hed_jitter: strength of stain jitter: largest relative change of the amounts of haematoxylin, eosin
+            and the residual, and largest addition to them, natural-logarithm optical density.
+        hed_jitter_prob: probability of stain jitter.
+        aspect_ratio: smallest and largest width / height of the region a crop is made of.
+        scale_reference: ``"image"``: scales are shares of the image; ``"crop"``: multiples of the crop's
+            own area, so that 1 cuts as many pixels as the crop has. Regions larger than the image are
+            then left out.
+        pipeline: ``"reference"``, ``"fast"`` or ``"device"``, see the module. Crops of the last are uint8
+            and come with their colour changes, which :func:`dinov2.data.device_crops.finish_batch` makes.
 
     Raises:
-        ConfigError: ``gaussian_blur`` is neither, or ``local_crops_number`` is negative.
+        ConfigError: a word is not known, or ``local_crops_number`` is negative.
     """
 
     def __init__(
@@ -58,63 +76,113 @@ class DataAugmentationDINO:
         gaussian_blur: str = "effective",
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        quarter_turn_prob: float = 0.0,
+        color_jitter: Sequence[float] = (0.4, 0.4, 0.2, 0.1),
+        color_jitter_prob: float = 0.8,
+        grayscale_prob: float = 0.2,
+        solarize_prob: float = 0.2,
+        hed_jitter: float = 0.0,
+        hed_jitter_prob: float = 0.0,
+        aspect_ratio: Sequence[float] = (3 / 4, 4 / 3),
+        scale_reference: str = "image",
+        pipeline: str = "reference",
     ) -> None:
-        if gaussian_blur not in BLUR_MODES:
-            raise ConfigError(f"gaussian_blur is {gaussian_blur!r}; use one of {', '.join(BLUR_MODES)}")
+        _require("gaussian_blur", gaussian_blur, BLUR_MODES)
+        _require("scale_reference", scale_reference, SCALE_REFERENCES)
+        _require("pipeline", pipeline, PIPELINES)
         if local_crops_number < 0:
             raise ConfigError(f"the number of local crops is {local_crops_number}; use 0 or more")
         self.local_crops_number = local_crops_number
-        flips = _flips(horizontal_flip_prob, vertical_flip_prob)
-        nominal = gaussian_blur == "nominal"
-        to_input = [MaybeToTensor(), make_normalize_transform(mean, std)]
-        solarize = [transforms.RandomSolarize(threshold=SOLARIZE_THRESHOLD, p=0.2)]
-        self.global_1 = _view(global_crops_size, global_crops_scale, flips, "global_1", nominal, to_input)
-        self.global_2 = _view(
-            global_crops_size, global_crops_scale, flips, "global_2", nominal, [*solarize, *to_input]
+        self.pipeline = pipeline
+        self.normalisation = torch.tensor([tuple(mean), tuple(std)], dtype=torch.float32)
+        blurs = {kind: p if gaussian_blur == "nominal" else 1.0 - p for kind, p in NOMINAL_BLUR.items()}
+        global_1 = CropRecipe(
+            size=global_crops_size,
+            scale=tuple(global_crops_scale),
+            scale_reference=scale_reference,
+            aspect_ratio=tuple(aspect_ratio),
+            horizontal_flip_prob=horizontal_flip_prob,
+            vertical_flip_prob=vertical_flip_prob,
+            quarter_turn_prob=quarter_turn_prob,
+            hed_jitter=hed_jitter,
+            hed_jitter_prob=hed_jitter_prob,
+            color_jitter=tuple(color_jitter),
+            color_jitter_prob=color_jitter_prob,
+            grayscale_prob=grayscale_prob,
+            blur_prob=blurs["global_1"],
+            solarize_prob=0.0,
         )
-        self.local = _view(local_crops_size, local_crops_scale, flips, "local", nominal, to_input)
-        logger.info(
-            "augmentation: 2 global crops of %d px (scale %s), %d local crops of %d px (scale %s), flips "
-            "%g horizontal and %g vertical, %s blur probabilities",
-            *(global_crops_size, tuple(global_crops_scale)),
-            *(local_crops_number, local_crops_size, tuple(local_crops_scale)),
-            *(horizontal_flip_prob, vertical_flip_prob, gaussian_blur),
+        self.recipes = {
+            "global_1": global_1,
+            "global_2": replace(global_1, blur_prob=blurs["global_2"], solarize_prob=solarize_prob),
+            "local": replace(
+                global_1, size=local_crops_size, scale=tuple(local_crops_scale), blur_prob=blurs["local"]
+            ),
+        }
+        self.global_1, self.global_2, self.local = (
+            self._crop_maker(recipe, tuple(mean), tuple(std)) for recipe in self.recipes.values()
+        )
+        logger.info("augmentation (%s): %s", pipeline, self.describe())
+
+    def _crop_maker(
+        self, recipe: CropRecipe, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> transforms.Compose | FastCrop | RawCrop:
+        if self.pipeline == "reference":
+            return reference_crop(recipe, mean, std)
+        return RawCrop(recipe) if self.pipeline == "device" else FastCrop(recipe, mean, std)
+
+    def describe(self) -> str:
+        """Return what is done to an image, in one line."""
+        first, second, local = self.recipes.values()
+        unit = "" if first.scale_reference == "image" else " of the crop's area"
+        steps = [
+            f"flips {first.horizontal_flip_prob:g} horizontal and {first.vertical_flip_prob:g} vertical",
+            f"quarter turns {first.quarter_turn_prob:g}",
+            f"stain jitter {first.hed_jitter:g} at {first.hed_jitter_prob:g}",
+            f"colour jitter {first.color_jitter} at {first.color_jitter_prob:g}",
+            f"grey {first.grayscale_prob:g}",
+            f"blur {first.blur_prob:g} / {second.blur_prob:g} / {local.blur_prob:g}",
+            f"solarize {second.solarize_prob:g}",
+        ]
+        return (
+            f"2 global crops of {first.size} px (scale {first.scale}{unit}), {self.local_crops_number} local "
+            f"crops of {local.size} px (scale {local.scale}{unit}), {', '.join(steps)}"
         )
 
     def __call__(self, image: Any) -> dict[str, Any]:
-        """Return the crops of a PIL image as normalised float tensors.
+        """Return the crops of a PIL image.
 
         Returns:
-            ``global_crops``: two tensors [3, H, W]; ``global_crops_teacher``: the same two;
-            ``local_crops``: L tensors [3, h, w]; ``offsets``: ().
+            ``global_crops``: two tensors [3, H, W], normalised float32; ``global_crops_teacher``: the same
+            two; ``local_crops``: L tensors [3, h, w]; ``offsets``: (). In the ``device`` pipeline they are
+            uint8, and ``global_photometrics`` [2, P], ``local_photometrics`` [L, P] and ``normalisation``
+            [2, 3] say what is still to be done.
         """
-        global_crops = [self.global_1(image), self.global_2(image)]
+        makers = [self.global_1, self.global_2, *[self.local] * self.local_crops_number]
+        if self.pipeline == "reference":
+            return _sample([make(image) for make in makers])
+        pixels, stream = to_tensor(image), RandomStream()
+        crops = [make(pixels, stream) for make in makers]
+        if self.pipeline == "fast":
+            return _sample(crops)
+        rows = torch.tensor([row for _, row in crops])
         return {
-            "global_crops": global_crops,
-            "global_crops_teacher": list(global_crops),
-            "local_crops": [self.local(image) for _ in range(self.local_crops_number)],
-            "offsets": (),
+            **_sample([crop for crop, _ in crops]),
+            "global_photometrics": rows[:2],
+            "local_photometrics": rows[2:],
+            NORMALISATION: self.normalisation,
         }
 
 
-def _flips(horizontal: float, vertical: float) -> list:
-    """Flip steps; one with probability 0 is left out, so that it consumes no random number."""
-    steps = [(transforms.RandomHorizontalFlip, horizontal), (transforms.RandomVerticalFlip, vertical)]
-    return [step(p=probability) for step, probability in steps if probability > 0]
+def _sample(crops: list) -> dict[str, Any]:
+    return {
+        "global_crops": crops[:2],
+        "global_crops_teacher": crops[:2],
+        "local_crops": crops[2:],
+        "offsets": (),
+    }
 
 
-def _view(
-    size: int, scale: tuple[float, float], flips: list, kind: str, nominal: bool, last: list
-) -> transforms.Compose:
-    """All steps of one kind of crop, in the order in which they draw random numbers."""
-    jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size, scale=tuple(scale), interpolation=InterpolationMode.BICUBIC),
-            *flips,
-            transforms.RandomApply([jitter], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
-            GaussianBlur(p=NOMINAL_BLUR[kind], nominal=nominal),
-            *last,
-        ]
-    )
+def _require(name: str, value: str, accepted: Sequence[str]) -> None:
+    if value not in accepted:
+        raise ConfigError(f"{name} is {value!r}; use one of {', '.join(accepted)}{nearest(value, accepted)}")

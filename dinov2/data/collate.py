@@ -38,6 +38,11 @@ def collate_data_and_cast(
         n_tokens: N, patches of a global crop.
         mask_generator: called with a number of patches, returns a boolean mask of N cells.
 
+    Note:
+        Crops of the ``device`` pipeline stay uint8, and what is to happen to their colours comes with them:
+        ``collated_global_photometrics`` [2B, P], ``collated_local_photometrics`` [L*B, P] and
+        ``normalisation`` [2, 3]; :func:`dinov2.data.device_crops.finish_batch` turns them into ``dtype``.
+
     Returns:
         ``collated_global_crops`` [2B, 3, H, W], ``collated_local_crops`` [L*B, 3, h, w] (no rows without
         local crops), ``collated_masks`` [2B, N] bool, ``mask_indices_list`` [M] int64 positions in the
@@ -54,9 +59,13 @@ def collate_data_and_cast(
     )
     mask_indices = masks.flatten().nonzero().flatten()
     masked_per_crop = masks.sum(dim=1, keepdim=True).clamp(min=1)
+    unfinished = _collate_unfinished(crops)
+    if not unfinished:
+        global_crops, local_crops = global_crops.to(dtype), local_crops.to(dtype)
     return {
-        "collated_global_crops": global_crops.to(dtype),
-        "collated_local_crops": local_crops.to(dtype),
+        "collated_global_crops": global_crops,
+        "collated_local_crops": local_crops,
+        **unfinished,
         "collated_masks": masks,
         "mask_indices_list": mask_indices,
         "masks_weight": (1.0 / masked_per_crop).expand_as(masks)[masks],
@@ -68,7 +77,23 @@ def collate_data_and_cast(
 def _stack_crop_major(crops_by_sample: list[list[Tensor]]) -> Tensor | None:
     """Stack crop 0 of every sample, then crop 1 of every sample, and so on; None without crops."""
     in_order = [crop for same_crop in zip(*crops_by_sample, strict=True) for crop in same_crop]
-    return torch.stack(in_order) if in_order else None
+    if not in_order or in_order[0].is_contiguous():
+        return torch.stack(in_order) if in_order else None
+    # 8-bit crops lie channels last; stacking them as they lie is a plain copy.
+    return torch.stack([crop.permute(1, 2, 0) for crop in in_order]).permute(0, 3, 1, 2)
+
+
+def _collate_unfinished(crops: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Return what the ``device`` pipeline has still to do, rows in the order of the crops; {} for others."""
+    if "global_photometrics" not in crops[0]:
+        return {}
+    rows = {
+        f"collated_{kind}_photometrics": torch.stack(
+            [sample[f"{kind}_photometrics"] for sample in crops], dim=1
+        ).flatten(0, 1)
+        for kind in ("global", "local")
+    }
+    return {**rows, "normalisation": crops[0]["normalisation"]}
 
 
 def _draw_masks(

@@ -17,6 +17,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     parser.add_argument("--no-resume", action="store_true", help="start anew even if checkpoints exist")
     parser.add_argument("--eval-only", action="store_true", help="export the newest checkpoint and stop")
     parser.add_argument("--eval", type=str, default="", help="accepted for old scripts; has no effect")
+    parser.add_argument("--show-crops", default="", metavar="FILE", help="draw the first crops and stop")
     parser.add_argument(
         "--output-dir", "--output_dir", default="", type=str, help="logs and checkpoints (default: here)"
     )
@@ -29,7 +30,33 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     return parser
 
 
-def check_command_line(arguments: Sequence[str]) -> None:
-    """Parse ``arguments`` and resolve the config they name; raises ConfigError for any mistake."""
-    args = get_args_parser().parse_args(arguments)
-    resolve(args.config_file, args.opts, output_dir=args.output_dir, lenient=args.lenient_config)
+def get_show_crops_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``python -m dinov2.train.show_crops``."""
+    parser = argparse.ArgumentParser(
+        "show_crops", description="Draw the crops with which a training begins, and their masks."
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML with changes to the default")
+    parser.add_argument("--output", default="crops.png", metavar="FILE", help="picture (default: crops.png)")
+    parser.add_argument("--tiles", type=int, default=4, metavar="N", help="rows of the picture (default: 4)")
+    parser.add_argument(
+        "--iteration", type=int, default=0, metavar="N", help="whose first tiles to draw (default: 0)"
+    )
+    parser.add_argument(
+        "--lenient-config", action="store_true", help="warn about unknown config keys instead of stopping"
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, help="config overrides, key=value; must come after all options"
+    )
+    return parser
+
+
+def check_command_line(arguments: Sequence[str], parser: argparse.ArgumentParser | None = None) -> None:
+    """Parse ``arguments`` and resolve the config they name; raises ConfigError for any mistake.
+
+    Args:
+        arguments: words of the command line.
+        parser: by default the trainer's.
+    """
+    args = (parser or get_args_parser()).parse_args(arguments)
+    output_dir = getattr(args, "output_dir", "")
+    resolve(args.config_file, args.opts, output_dir=output_dir, lenient=args.lenient_config)

@@ -1,11 +1,11 @@
 """From the config to an endless stream of collated batches, the same one after a resume."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset, Sampler
 
 from dinov2 import distributed
@@ -78,24 +78,21 @@ class PositionSampler(Sampler):
         return enumerate(iter(self.sampler), start=self.first_position)
 
 
-def build_dataset(cfg: DictConfig) -> Dataset:
-    """Open the training set with DINOv2's multi-crop augmentation."""
-    crops = cfg.crops
-    augmentation = DataAugmentationDINO(
-        crops.global_crops_scale,
-        crops.local_crops_scale,
-        crops.local_crops_number,
-        global_crops_size=crops.global_crops_size,
-        local_crops_size=crops.local_crops_size,
-        horizontal_flip_prob=crops.horizontal_flip_prob,
-        vertical_flip_prob=crops.vertical_flip_prob,
-        gaussian_blur=crops.gaussian_blur,
-        mean=crops.mean,
-        std=crops.std,
-    )
+def build_augmentation(cfg: DictConfig) -> DataAugmentationDINO:
+    """Return DINOv2's multi-crop augmentation: every key of ``crops`` is an argument by the same name."""
+    return DataAugmentationDINO(**OmegaConf.to_container(cfg.crops, resolve=True))
+
+
+def build_dataset(cfg: DictConfig, *, augmentation: Callable[[Any], Any] | None = None) -> Dataset:
+    """Open the training set.
+
+    Args:
+        cfg: resolved config.
+        augmentation: applied to every image, by default what :func:`build_augmentation` returns.
+    """
     return make_dataset(
         dataset_str=cfg.train.dataset_path,
-        transform=augmentation,
+        transform=build_augmentation(cfg) if augmentation is None else augmentation,
         target_transform=no_target,
         path_map=cfg.train.path_map,
     )

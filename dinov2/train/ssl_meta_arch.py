@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dinov2 import distributed
 from dinov2.configs import dinov2_default_config
+from dinov2.data.device_crops import finish_batch
 from dinov2.errors import ConfigError
 from dinov2.fsdp import ShardedGradScaler
 from dinov2.layers import DINOHead
@@ -172,6 +173,7 @@ class SSLMetaArch(nn.Module):
 
     def compute_losses(self, images: dict[str, Any], teacher_temp: float) -> Losses:
         """Run both networks on a collated batch and return the losses with their graph."""
+        images = finish_batch(images, self.device, self.precision.input_dtype)
         batch = Batch.from_collated(images, self.device, self.num_local_crops)
         targets = self.teacher_targets(batch, teacher_temp)
         outputs = self.student_outputs(batch)

@@ -47,6 +47,7 @@ from dinov2.train.optimizer import (
 from dinov2.train.run_length import describe_run_length, settle_run_length, total_iterations
 from dinov2.train.schedules import ScheduleValues, build_schedulers
 from dinov2.train.self_check import enforce, run_self_check
+from dinov2.train.show_crops import show_crops
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.utils.config import setup, write_config
 from dinov2.utils.device import resolve_device
@@ -355,6 +356,9 @@ def export_only(cfg: DictConfig, model: SSLMetaArch, *, resume: bool) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Run what the parsed command line asks for."""
+    if args.show_crops:
+        show_crops(args, Path(args.show_crops))
+        return
     cfg = setup(args, write=False)  # do_train writes it, once the length of the run is settled
     if args.eval:
         logger.warning('--eval "%s" has no effect: --eval-only exports a checkpoint', args.eval)

@@ -18,9 +18,9 @@ from torch import nn
 
 from dinov2 import cli
 from dinov2.errors import ConfigError
+from dinov2.train.show_crops import draw_sheet
 from dinov2.utils.device import resolve_device
 from scripts.quickstart import evaluate, features, pca, sentences
-from scripts.quickstart.crops import draw_sheet
 from scripts.quickstart.curves import loss_panels, read_metrics
 from scripts.quickstart.report import Report, write_report
 from scripts.quickstart.tiles import make_tiles, read_slide

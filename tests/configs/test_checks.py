@@ -44,6 +44,15 @@ def warnings(*overrides):
         ),
         (["ibot.mask_ratio_min_max=[0.5,0.1]"], "is [0.5, 0.1], the smaller number comes first"),
         (["crops.local_crops_scale=[0.4,0.1]"], "crops.local_crops_scale is [0.4, 0.1]"),
+        (["crops.aspect_ratio=[2,0.5]"], "crops.aspect_ratio is [2.0, 0.5], the smaller number comes first"),
+        (
+            ["crops.local_crops_scale=[0.5,2]"],
+            "crops.local_crops_scale is [0.5, 2], but shares of the image end at 1: lower it, or set "
+            "crops.scale_reference=crop",
+        ),
+        (["crops.color_jitter=[0.4,0.4,0.2,0.6]"], "the last number of crops.color_jitter, hue, is 0.6"),
+        (["crops.hed_jitter=0.1"], "crops.hed_jitter is 0.1 and crops.hed_jitter_prob 0: stain jitter needs"),
+        (["crops.hed_jitter_prob=0.5"], "crops.hed_jitter is 0 and crops.hed_jitter_prob 0.5"),
         (["dino.loss_weight=0", "ibot.loss_weight=0"], "dino.loss_weight and ibot.loss_weight are both 0"),
         (["optim.scaling_rule=none"], "optim.scaling_rule is 'none' and optim.lr is 0"),
         (["student.pretrained_weights=a", "train.init_weights_from_chkpt=b"], "name different weights"),
@@ -172,3 +181,8 @@ def test_where_a_run_goes_on_is_compared_with_what_it_goes_on_from():
     (text,) = warnings("head.head_path=run/eval/training_9999", "optim.start_iter=9999")
     assert "exported after iteration 9999, so the next one is 10000" in text
     assert warnings("head.head_path=run/eval/training_9999", "optim.start_iter=10000") == []
+
+
+def test_scales_above_1_are_accepted_where_they_count_in_crops():
+    cfg = resolve_config("", ["crops.scale_reference=crop", "crops.global_crops_scale=[1,4]"])
+    assert list(cfg.crops.global_crops_scale) == [1.0, 4.0]

@@ -5,10 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
 
 from dinov2 import distributed
+from dinov2.data.device_crops import finish_sample
 from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from dinov2.models.companions import Constants
 from dinov2.models.report import LoadReport
@@ -16,6 +18,7 @@ from dinov2.train.self_check.probe import Start
 from dinov2.train.self_check.record import Line
 
 DRAWS = 16  # a white image stays white in about 6 of 10 crops
+PICTURE_SIDE = 32  # pixels
 CLOSE = 1e-3  # half a grey level of 256 is 2e-3
 
 
@@ -73,7 +76,7 @@ def _position_grid(backbone: nn.Module) -> int | None:
 def check_normalisation(start: Start) -> Iterator[Line]:
     """Measure the transform's constants, and compare them with the config's and the source model's."""
     config: Constants = (tuple(start.cfg.crops.mean), tuple(start.cfg.crops.std))
-    used = measure_constants(_transform_in_use(start.dataset), config)
+    used = measure_constants(_transform_in_use(start.dataset), config, side=_enough_pixels(start.cfg.crops))
     name = "normalisation: crops"
     if used is None:
         yield Line(name, "note", "not measured: the dataset's transform does not take a plain picture")
@@ -114,13 +117,21 @@ def _transform_in_use(dataset: Any) -> Callable[[Image.Image], Any] | None:
     return getattr(dataset, "transform", None)
 
 
+def _enough_pixels(crops: DictConfig) -> int:
+    """Return the side of a picture that every kind of crop can be cut from."""
+    if crops.scale_reference == "image":
+        return PICTURE_SIDE
+    kinds = [(crops[f"{kind}_crops_size"], crops[f"{kind}_crops_scale"][0]) for kind in ("global", "local")]
+    return max(PICTURE_SIDE, *(math.ceil(size * math.sqrt(least)) for size, least in kinds))
+
+
 def measure_constants(
-    transform: Callable[[Image.Image], Any] | None, expected: Constants
+    transform: Callable[[Image.Image], Any] | None, expected: Constants, *, side: int = PICTURE_SIDE
 ) -> Constants | None:
     """Return (mean, std) by which a multi-crop transform normalises, from what it makes of black and white.
 
     Jitter, blur and grayscale leave black as it is; white they may darken, so the brightest of several
-    draws counts, until one shows the constants that are ``expected``.
+    draws counts, until one shows the constants that are ``expected``. Pictures have ``side`` pixels.
     """
     if transform is None:
         return None
@@ -128,7 +139,8 @@ def measure_constants(
     found: Constants | None = None
     for _ in range(DRAWS):
         try:
-            views = [transform(Image.new("RGB", (32, 32), shade)) for shade in ("black", "white")]
+            pictures = [Image.new("RGB", (side, side), shade) for shade in ("black", "white")]
+            views = [finish_sample(transform(picture)) for picture in pictures]
             crops = [crop for view in views for crop in (*view["global_crops"], *view["local_crops"])]
             extremes = [(crop.amin(dim=(1, 2)).tolist(), crop.amax(dim=(1, 2)).tolist()) for crop in crops]
         except (TypeError, KeyError, AttributeError, ValueError):

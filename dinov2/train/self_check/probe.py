@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from dinov2 import distributed
 from dinov2.data.data_order import DataOrder
+from dinov2.data.device_crops import finish_batch
 from dinov2.errors import DatasetError
 from dinov2.loss.centering import CenteredLoss
 from dinov2.train.initial_weights import InitialWeights
@@ -100,7 +101,8 @@ def find_start(
     keys = list(islice(sampler, min(IMAGES_COMPARED, cfg.train.batch_size_per_gpu)))
     samples = ReproducibleSamples(dataset, cfg.train.seed, distributed.get_global_rank())
     collate = build_collate(cfg, model.precision.input_dtype)
-    images = collate([samples[key] for key in keys[:IMAGES_RUN]])
+    collated = collate([samples[key] for key in keys[:IMAGES_RUN]])
+    images = finish_batch(collated, model.device, model.precision.input_dtype)
     digests = [(index, _digest(dataset, index)) for _, index in keys]
     tiles = [(index, digest) for index, digest in digests if digest]
     return Start(cfg, model, optimizer, dataset, initial, start_iteration, continues, tiles, images)
