@@ -260,13 +260,14 @@ def test_a_shard_cut_after_indexing_is_named(shards):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.tar", gzip.compress(bytes(20480)), ["gzip", "gunzip"]),
+        ("a.tar", gzip.compress(bytes(20480), mtime=0), ["gzip", "gunzip"]),
         ("a.tar", b"BZh91AY" * 100, ["bzip2"]),
         ("a.tar", b"not an archive" * 100, ["no tar archive"]),
         ("a.tar", b"", ["breaks off"]),
         ("a.tar", bytes(10240), ["no image", "image="]),
         ("a.txt", b"", ['finds no file "*.tar"', "pattern="]),
     ],
+    ids=["gzip", "bzip2", "text", "empty", "no-members", "no-shard"],
 )
 def test_files_that_are_no_shards(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
