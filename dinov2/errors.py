@@ -57,3 +57,8 @@ def nearest(name: str, accepted: Iterable[str]) -> str:
     """Return ``' (did you mean "x"?)'`` for the accepted name closest to ``name``, or an empty string."""
     match = difflib.get_close_matches(str(name), [str(item) for item in accepted], n=1, cutoff=0.6)
     return f' (did you mean "{match[0]}"?)' if match else ""
+
+
+def printable(text: str) -> str:
+    """Return a text that can be written as UTF-8: file names that are no text show as ``\\udcff``."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
