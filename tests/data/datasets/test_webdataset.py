@@ -321,3 +321,10 @@ def test_ambiguous_samples(tmp_path, encoded, caplog):
         add(archive, "3.jpg", encoded[3])
     with pytest.raises(DatasetError, match=r'"3.jpg" twice in a row'):
         WebDataset(root=str(tmp_path))
+
+
+def test_a_shard_that_goes_after_indexing_is_named(shards):
+    dataset = WebDataset(root=str(shards))
+    (shards / "tiles-002.tar").unlink()
+    with pytest.raises(ImageReadError, match=r"sample 5 \(.*tiles-002.tar:byte \d+\): .*No such file"):
+        dataset[5]
