@@ -32,8 +32,9 @@ def run(main: Callable[..., Any], *args: Any) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line of a command's result."""
-    print(text, flush=True)
+    """Print a line of a command's result; what it can not encode, as bytes of a path, is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _sentence(error: UserError) -> str:

@@ -34,6 +34,11 @@ class ConsoleHandler(logging.StreamHandler):
     def stream(self) -> TextIO:
         return sys.stdout
 
+    def format(self, record: logging.LogRecord) -> str:
+        # Paths of images may hold bytes that are no text.
+        encoding = self.stream.encoding or "utf-8"
+        return super().format(record).encode(encoding, "backslashreplace").decode(encoding)
+
 
 class ConsoleFormatter(logging.Formatter):
     """Time and message; the level only where it asks for attention."""
@@ -96,7 +101,7 @@ def _file_handler(output: str) -> logging.FileHandler:
         path = path.with_name(f"{path.name}.rank{distributed.get_global_rank()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, mode="a", encoding="utf-8")
+        handler = logging.FileHandler(path, mode="a", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise OutputError(
             f"the log file {path} cannot be written ({error.strerror}): choose another --output-dir"

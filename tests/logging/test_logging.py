@@ -100,3 +100,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file/run/logs/log.txt cannot be written"):
         setup_logging(str(tmp_path / "file" / "run"))
+
+
+def test_paths_with_bytes_that_are_no_text_are_escaped(tmp_path, capsys):
+    setup_logging(str(tmp_path))
+    logger.warning("can not read %s", b"/data/\xff.jpeg".decode("utf-8", "surrogateescape"))
+    assert "can not read /data/\\udcff.jpeg" in (tmp_path / "logs" / "log.txt").read_text()
+    assert "Logging error" not in capsys.readouterr().err
