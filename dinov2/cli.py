@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dinov2.errors import UserError, printable
+from dinov2.errors import UserError
 
 # Most mistakes are found by every process alike. The first one of a machine speaks at once; the others give
 # it this long, after which a launcher has stopped them. One that is still there was alone with its problem.
@@ -32,8 +32,9 @@ def run(main: Callable[..., Any], *args: Any) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line of a command's result."""
-    print(printable(text), flush=True)
+    """Print a line of a command's result; what it can not encode, as bytes of a path, is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _sentence(error: UserError) -> str:

@@ -1,6 +1,7 @@
 """A user's mistake on the command line: one sentence, exit status 1, and no torch before it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -80,7 +81,12 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     process.stderr.close()
 
 
-def test_file_names_that_are_no_text_can_be_said():
-    statement = "from dinov2 import cli; cli.say('left out: \\udcff.jpeg')"
-    told = subprocess.run([sys.executable, "-c", statement], cwd=REPO, capture_output=True, text=True)
-    assert told.stdout == "left out: \\udcff.jpeg\n" and told.returncode == 0
+def test_a_path_with_bytes_that_are_no_text_is_said_with_them_escaped():
+    done = subprocess.run(
+        [sys.executable, "-c", "from dinov2 import cli; cli.say('done: /data/\\udcff.svs')"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert (done.stdout, done.stderr) == ("done: /data/\\udcff.svs\n", "")

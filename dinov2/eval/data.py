@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -65,7 +66,8 @@ def training_labels(dataset: Dataset, dataset_str: str) -> Tensor:
             f'the dataset "{dataset_str}" cannot list its labels (it has no get_targets()), by which '
             "linear evaluation counts classes: use a dataset with classes, such as ImageFolder:root=<folder>"
         )
-    return torch.as_tensor(dataset.get_targets()).long()
+    # A copy: labels of shards are mapped from a file that can not be written, of which torch warns.
+    return torch.from_numpy(np.array(dataset.get_targets(), dtype=np.int64))
 
 
 def make_evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int) -> DataLoader:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dinov2 import distributed
-from dinov2.errors import OutputError, printable
+from dinov2.errors import OutputError
 from dinov2.logging.helpers import MetricLogger, SmoothedValue
 
 __all__ = ["MetricLogger", "SmoothedValue", "setup_logging"]
@@ -34,15 +34,13 @@ class ConsoleHandler(logging.StreamHandler):
     def stream(self) -> TextIO:
         return sys.stdout
 
-
-class Formatter(logging.Formatter):
-    """A formatter whose lines can be written whatever file names they hold."""
-
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        # Paths of images may hold bytes that are no text.
+        encoding = self.stream.encoding or "utf-8"
+        return super().format(record).encode(encoding, "backslashreplace").decode(encoding)
 
 
-class ConsoleFormatter(Formatter):
+class ConsoleFormatter(logging.Formatter):
     """Time and message; the level only where it asks for attention."""
 
     def __init__(self) -> None:
@@ -103,10 +101,10 @@ def _file_handler(output: str) -> logging.FileHandler:
         path = path.with_name(f"{path.name}.rank{distributed.get_global_rank()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, mode="a", encoding="utf-8")
+        handler = logging.FileHandler(path, mode="a", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise OutputError(
             f"the log file {path} cannot be written ({error.strerror}): choose another --output-dir"
         ) from error
-    handler.setFormatter(Formatter(FILE_FORMAT, FILE_DATE_FORMAT))
+    handler.setFormatter(logging.Formatter(FILE_FORMAT, FILE_DATE_FORMAT))
     return handler

@@ -98,9 +98,10 @@ class _Recorder:
 def draw_sheet(cfg: DictConfig, *, num_tiles: int = 4, first: int = 0) -> Image.Image:
     """Draw one row per tile: the tile, its two global crops with their masks, its local crops.
 
-    Tiles, augmentation and seed are those of the trainer: the crops are those with which the first process
-    begins iteration ``first``. The masks are drawn for these tiles alone, so they differ from the ones of the
-    batch. Crops of other sizes are enlarged or shrunk to fit the sheet.
+    Tiles, augmentation and seed are those of the trainer: the crops are those with which a run in one process
+    begins iteration ``first``; of several processes each is dealt other tiles. The masks are drawn for these
+    tiles alone, so they differ from the ones of the batch. Crops of other sizes are enlarged or shrunk to fit
+    the sheet.
 
     Args:
         cfg: resolved training config.

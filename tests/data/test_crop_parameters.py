@@ -8,7 +8,9 @@ from PIL import Image
 from torchvision import transforms
 
 from dinov2.data import DataAugmentationDINO
+from dinov2.data.augmentations import PIPELINES
 from dinov2.data.crop_parameters import Photometrics, draw_box, draw_crop, from_row, to_row
+from dinov2.data.datasets import ImageFolder
 from dinov2.data.random_stream import RandomStream
 from dinov2.errors import ImageReadError
 
@@ -66,3 +68,16 @@ def test_a_tile_below_the_smallest_region_is_refused():
     with pytest.raises(ImageReadError, match=r"223 x 224 pixels, less than the 50176 .* use larger tiles"):
         recipe.image_shares(223, 224)
     assert recipe.image_shares(224, 224) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_a_tile_that_is_too_small_is_named_with_its_path(tmp_path, pipeline):
+    path = tmp_path / "class" / "small.png"
+    path.parent.mkdir()
+    Image.new("RGB", (20, 30)).save(path)
+    crops = DataAugmentationDINO((1, 3), (0.5, 1), 2, scale_reference="crop", pipeline=pipeline)
+    dataset = ImageFolder(root=str(tmp_path), transform=crops)
+    with pytest.raises(ImageReadError, match=r"sample 0 \(.*small\.png\): the image has 20 x 30") as caught:
+        dataset[0]
+    assert caught.value.path == str(path)
+    assert caught.value.reason.startswith("the image has 20 x 30 pixels")

@@ -69,6 +69,7 @@ class CustomImageDataset(ExtendedVisionDataset):
             raise DatasetError(
                 f'the first image of "{extra}" is missing: there is no "{self.get_image_path(0)}"'
                 f"{mapped_from(recorded[0], self._paths[0])}; relative paths are taken from root"
+                + (", and commas separate columns" if set(recorded[0]) & set(";\t") else "")
             )
 
     def __len__(self) -> int:
@@ -126,6 +127,9 @@ def _number_labels(labels: list[str] | None, path: str) -> tuple[np.ndarray | No
         raise DatasetError(f'image {labels.index("") + 1} of "{path}" has no label: give every line one')
     try:
         return np.array([int(label) for label in labels], dtype=np.int64), None
+    except OverflowError as error:
+        largest = max(labels, key=len)
+        raise DatasetError(f'"{path}" has the label {largest}: number classes from 0 on') from error
     except ValueError:
         classes, numbers = np.unique(labels, return_inverse=True)
         return numbers.astype(np.int64), classes.tolist()

@@ -59,8 +59,8 @@ class ExtendedVisionDataset(VisionDataset):
         """Return the transformed image and target.
 
         Raises:
-            ImageReadError: (a RuntimeError) the image can not be read; names the sample, its path and the
-                reason.
+            ImageReadError: (a RuntimeError) the image can not be read, or a transform can not use it; names
+                the sample, its path and the reason.
             DataLoadingError: the machine has no memory or no free file handle left.
             RuntimeError: an error of the program, not of the image, while it was read.
         """
@@ -72,9 +72,12 @@ class ExtendedVisionDataset(VisionDataset):
             # The decoder's own words are in the message; the cause is what Pillow or the system said.
             raise self._explained(index, error) from (error.__cause__ or error)
         target = self.target_decoder(self.get_target(index)).decode()
-        if self.transforms is not None:
-            image, target = self.transforms(image, target)
-        return image, target
+        if self.transforms is None:
+            return image, target
+        try:
+            return self.transforms(image, target)
+        except ImageReadError as error:  # too small for the crops, say; only here is known which image it is
+            raise self._explained(index, error) from error
 
     def _explained(self, index: int, error: Exception) -> Exception:
         """Return what to raise; only an :class:`ImageReadError` blames the image."""

@@ -7,6 +7,7 @@ groups (docs/shards_and_mixtures.md has the figures); ``scripts/pack_shards.py``
 import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 from dinov2.data.datasets.extended import ExtendedVisionDataset
 from dinov2.data.datasets.process_cache import ProcessCache
 from dinov2.data.datasets.shard_index import Labels, ShardIndex, for_each_shard, list_shards
-from dinov2.errors import DatasetError, nearest
+from dinov2.errors import DatasetError, ImageReadError, nearest
 
 logger = logging.getLogger("dinov2")
 
@@ -99,23 +100,25 @@ class Parquet(ExtendedVisionDataset):
         shard, group, row = self._place(index)
         leaf = self._leaves[shard].removesuffix("bytes") + "path"
         recorded = ""
-        if leaf in _leaves(self._files.get(self._shards[shard], _open)):
-            recorded = self._read((shard, group, leaf))[row].as_py()
+        with suppress(DatasetError, OSError):  # the file may have gone
+            if leaf in _leaves(self._files.get(self._shards[shard], _open)):
+                recorded = self._read((shard, group, leaf))[row].as_py()
         return f"{self._shards[shard]}:row group {group}, row {row}{f', {recorded}' if recorded else ''}"
 
     def get_image_data(self, index: int) -> bytes:
         """Return the encoded image of a sample.
 
         Raises:
-            DatasetError: the row holds no image.
+            ImageReadError: the row holds no image, or the file has gone or was damaged since it was indexed.
         """
         shard, group, row = self._place(index)
-        data = self._columns.get((shard, group, self._leaves[shard]), self._read)[row].as_py()
+        try:
+            column = self._columns.get((shard, group, self._leaves[shard]), self._read)
+        except DatasetError as error:
+            raise ImageReadError(str(error)) from error
+        data = column[row].as_py()
         if data is None:
-            raise DatasetError(
-                f'"{self._shards[shard]}" holds no image in row {row} of row group {group}, perhaps a path '
-                "alone: store the images themselves"
-            )
+            raise ImageReadError("the row holds no image, perhaps a path alone: store the images themselves")
         return data
 
     def get_target(self, index: int) -> int | None:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from dinov2.errors import DatasetError
+from dinov2.errors import ImageReadError
 
 
 def _one(_: Any) -> int:
@@ -77,13 +77,13 @@ class OpenFile:
         """Return ``size`` bytes from ``offset`` on.
 
         Raises:
-            DatasetError: the file ends before.
+            ImageReadError: the file ends before.
         """
         data = os.pread(self._descriptor, size, offset)
         while len(data) < size:
             more = os.pread(self._descriptor, size - len(data), offset + len(data))
             if not more:
-                raise DatasetError(
+                raise ImageReadError(
                     f'"{self._path}" ends at byte {offset + len(data)}, but an image reaches to byte '
                     f"{offset + size}: it was cut off after it was indexed, copy it again"
                 )

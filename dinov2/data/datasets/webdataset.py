@@ -20,7 +20,7 @@ from dinov2.data.datasets.extended import ExtendedVisionDataset
 from dinov2.data.datasets.process_cache import OpenFile, ProcessCache
 from dinov2.data.datasets.shard_index import Labels, ShardIndex, for_each_shard, list_shards
 from dinov2.data.datasets.tar_index import BLOCK_BYTES, TarMember, TruncatedTarError, member_name, tar_members
-from dinov2.errors import DatasetError
+from dinov2.errors import DatasetError, ImageReadError
 
 logger = logging.getLogger("dinov2")
 
@@ -93,10 +93,13 @@ class WebDataset(ExtendedVisionDataset):
         return len(self._samples.get())
 
     def get_image_path(self, index: int) -> str:
-        """Return the shard and the name of an image within it."""
+        """Return the shard and the name of an image within it, or its place if the shard has gone."""
         sample = self._samples.get()[index]
-        shard = self._shards[sample["shard"]]
-        header = self._files.get(shard, OpenFile).read(int(sample["offset"]) - BLOCK_BYTES, BLOCK_BYTES)
+        shard, offset = self._shards[sample["shard"]], int(sample["offset"])
+        try:
+            header = self._files.get(shard, OpenFile).read(offset - BLOCK_BYTES, BLOCK_BYTES)
+        except (OSError, ImageReadError):
+            return f"{shard}:byte {offset}"
         return f"{shard}:{member_name(header)}"
 
     def get_image_data(self, index: int) -> bytes:

@@ -52,8 +52,7 @@ def tile_grid(
     corners = np.stack([x.ravel(), y.ravel()], axis=1)
     if mask is not None:
         share = mask.tissue_share(corners[:, 0], corners[:, 1], slide.patch_size_level0(size, mpp))
-        # Shares are computed from sums of floats: a whole tile of tissue may come out as 1 - 1e-16.
-        corners = corners[(share >= min_tissue - 1e-9) & (share > 0)]
+        corners = corners[(share >= min_tissue) & (share > 0)]
     return corners
 
 

@@ -81,7 +81,9 @@ def test_numbers_as_labels_are_kept(folder):
     ("text", "word"),
     [
         ("path,label\n0.jpg,1\n1.jpg,\n", "image 2 of .* has no label"),
-        ("path\nnone.jpg\n", r"there is no .*none\.jpg"),
+        ("path\nnone.jpg\n", r"there is no .*none\.jpg\"; relative paths are taken from root$"),
+        ("path;label\n0.jpg;1\n", r"there is no .*0\.jpg;1.*root, and commas separate columns"),
+        ("path,label\n0.jpg,1\n1.jpg,99999999999999999999\n", "has the label 99999999999999999999: number"),
     ],
 )
 def test_refused(folder, text, word):

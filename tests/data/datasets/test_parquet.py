@@ -225,3 +225,20 @@ def test_without_pyarrow(files, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(DatasetError, match=r"pip install -e \.\[shards\]"):
         Parquet(root=str(files))
+
+
+def test_files_that_go_after_indexing_are_unreadable_images(files):
+    dataset = make_dataset(dataset_str=f"Parquet:root={files}")
+    gone = files / "train-00001-of-00002.parquet"
+    gone.unlink()
+    with pytest.raises(ImageReadError, match=r"row group \d+, row 0\): .*No such file") as caught:
+        dataset[len(dataset) - 1]
+    assert caught.value.path.startswith(f"{gone}:row group")
+
+
+def test_a_row_without_an_image_is_an_unreadable_image(files, encoded):
+    rows = [{"bytes": encoded[0], "path": "a.jpg"}, {"bytes": None, "path": "b.jpg"}]
+    pq.write_table(pa.table({"image": rows}), files / "train-00002.parquet")
+    dataset = make_dataset(dataset_str=f"Parquet:root={files}")
+    with pytest.raises(ImageReadError, match=r"train-00002.*row 1, b\.jpg\): the row holds no image"):
+        dataset[len(dataset) - 1]

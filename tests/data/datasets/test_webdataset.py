@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from dinov2.data import make_dataset
 from dinov2.data.datasets import WebDataset
 from dinov2.errors import DatasetError, ImageReadError, OutputError
+from dinov2.eval.data import make_labelled_dataset, training_labels
 
 LABELS = ["tumour", "stroma", "tumour", "adipose", "stroma", "tumour"]
 
@@ -321,3 +322,16 @@ def test_ambiguous_samples(tmp_path, encoded, caplog):
         add(archive, "3.jpg", encoded[3])
     with pytest.raises(DatasetError, match=r'"3.jpg" twice in a row'):
         WebDataset(root=str(tmp_path))
+
+
+def test_a_shard_that_goes_after_indexing_is_named(shards):
+    dataset = WebDataset(root=str(shards))
+    (shards / "tiles-002.tar").unlink()
+    with pytest.raises(ImageReadError, match=r"sample 5 \(.*tiles-002.tar:byte \d+\): .*No such file"):
+        dataset[5]
+
+
+def test_evaluation_reads_the_labels_without_a_warning(shards, recwarn):
+    text = f"WebDataset:root={shards}:label=cls"
+    assert training_labels(make_labelled_dataset(text), text).tolist() == [0, 1, 2, 3, 0, 1]
+    assert not [warning for warning in recwarn if "not writable" in str(warning.message)]

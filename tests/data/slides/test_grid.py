@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from dinov2.data.slides import open_slide, tile_grid
+from dinov2.data.slides.plan import plan_tiles
+from dinov2.data.slides.recipe import TilingRecipe
 from dinov2.data.slides.tissue_mask import TissueMask
 from dinov2.errors import ConfigError
 from tests.data.slides.conftest import MPP, SVS
@@ -74,3 +76,12 @@ def test_tissue_decides(slide):
 def test_values_out_of_range(slide, options, message):
     with pytest.raises(ConfigError, match=message):
         tile_grid(slide, **{"size": 224, "mpp": MPP, **options})
+
+
+def test_a_slide_full_of_tissue_keeps_every_tile_at_a_limit_of_1(slide):
+    mask = np.ones((91, 68), bool)
+    tissue = TissueMask(mask, (2220 / 68, 2967 / 91), MPP)
+    corners = tile_grid(slide, size=64, mpp=MPP)
+    assert tissue.tissue_share(*corners.T, 64).tolist() == [1.0] * len(corners)
+    assert len(tile_grid(slide, size=64, mpp=MPP, mask=tissue, min_tissue=1.0)) == len(corners)
+    assert len(plan_tiles(slide, tissue, TilingRecipe(mpp=MPP, size=64, min_tissue=1.0))) == len(corners)
