@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dinov2.data.locks import LockFile
 from dinov2.data.slides import tile
-from dinov2.data.slides.locks import SlideLock
 from dinov2.data.slides.output_folder import OutputFolder
 from dinov2.data.slides.recipe import TilingRecipe
 from dinov2.data.slides.slide_list import SlideEntry, list_slides
@@ -231,7 +231,7 @@ def test_two_runs_share_a_list(folder, finished, tmp_path):
 
 
 def test_a_slide_in_work_elsewhere_is_left_alone(folder, tmp_path):
-    lock = SlideLock(OutputFolder(str(tmp_path)).lock_path("first"))
+    lock = LockFile(OutputFolder(str(tmp_path)).lock_path("first"))
     assert lock.acquire()
     records, _ = run(tmp_path, list_slides(str(folder))[:2])
     assert records["first"] == {
