@@ -246,8 +246,9 @@ def test_a_slide_in_work_elsewhere_is_left_alone(folder, tmp_path):
 def test_the_command(folder, tmp_path, capsys):
     (tmp_path / "text.svs").write_text("no slide")
     table = tmp_path / "slides.csv"
-    table.write_text(f"path,slide,process\n{folder}/second.tiff,good,1\ntext.svs,bad,1\n")
+    table.write_text("path,slide,process,label\n/recorded/second.tiff,good,1,a\ntext.svs,bad,1,\n")
     arguments = ["--slides", str(table), "--output", str(tmp_path / "out"), "--max-tiles", "3"]
+    arguments += ["--path-map", f"/recorded={folder}"]
     with pytest.raises(SystemExit) as ended:
         tile.main([*arguments, "--dry-run"])
     assert ended.value.code == 1
