@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dinov2.errors import UserError
+from dinov2.errors import UserError, printable
 
 # Most mistakes are found by every process alike. The first one of a machine speaks at once; the others give
 # it this long, after which a launcher has stopped them. One that is still there was alone with its problem.
@@ -33,7 +33,7 @@ def run(main: Callable[..., Any], *args: Any) -> None:
 
 def say(text: str) -> None:
     """Print a line of a command's result."""
-    print(text, flush=True)
+    print(printable(text), flush=True)
 
 
 def _sentence(error: UserError) -> str:

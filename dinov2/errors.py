@@ -70,3 +70,8 @@ def some_of(items: Iterable[object], limit: int, *, separator: str = ", ") -> st
     texts = [str(item) for item in items]
     more = len(texts) - limit
     return separator.join(texts[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def printable(text: str) -> str:
+    """Return a text that can be written as UTF-8: file names that are no text show as ``\\udcff``."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

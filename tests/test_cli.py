@@ -78,3 +78,9 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 1
     process.stderr.close()
+
+
+def test_file_names_that_are_no_text_can_be_said():
+    statement = "from dinov2 import cli; cli.say('left out: \\udcff.jpeg')"
+    told = subprocess.run([sys.executable, "-c", statement], cwd=REPO, capture_output=True, text=True)
+    assert told.stdout == "left out: \\udcff.jpeg\n" and told.returncode == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinov2 import distributed
-from dinov2.errors import ImageReadError, OutputError, UnreadableImagesError, some_of
+from dinov2.errors import ImageReadError, OutputError, UnreadableImagesError, printable, some_of
 from dinov2.utils.seeding import derive_seed
 
 logger = logging.getLogger("dinov2")
@@ -36,7 +36,7 @@ class Failure(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.path} ({self.reason})"
+        return printable(f"{self.path} ({self.reason})")
 
 
 class Draw(NamedTuple):

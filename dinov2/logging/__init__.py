@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dinov2 import distributed
-from dinov2.errors import OutputError
+from dinov2.errors import OutputError, printable
 from dinov2.logging.helpers import MetricLogger, SmoothedValue
 
 __all__ = ["MetricLogger", "SmoothedValue", "setup_logging"]
@@ -35,7 +35,14 @@ class ConsoleHandler(logging.StreamHandler):
         return sys.stdout
 
 
-class ConsoleFormatter(logging.Formatter):
+class Formatter(logging.Formatter):
+    """A formatter whose lines can be written whatever file names they hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+class ConsoleFormatter(Formatter):
     """Time and message; the level only where it asks for attention."""
 
     def __init__(self) -> None:
@@ -101,5 +108,5 @@ def _file_handler(output: str) -> logging.FileHandler:
         raise OutputError(
             f"the log file {path} cannot be written ({error.strerror}): choose another --output-dir"
         ) from error
-    handler.setFormatter(logging.Formatter(FILE_FORMAT, FILE_DATE_FORMAT))
+    handler.setFormatter(Formatter(FILE_FORMAT, FILE_DATE_FORMAT))
     return handler

@@ -100,3 +100,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file/run/logs/log.txt cannot be written"):
         setup_logging(str(tmp_path / "file" / "run"))
+
+
+def test_file_names_that_are_no_text_can_be_logged(tmp_path, capfd):
+    logger = setup_logging(str(tmp_path), name="dinov2.odd_names", level=logging.INFO)
+    logger.info("lost %s", "/data/\udcff.jpeg")
+    printed = capfd.readouterr()
+    assert "/data/\\udcff.jpeg" in printed.out and not printed.err
+    assert "/data/\\udcff.jpeg" in (tmp_path / "logs" / "log.txt").read_text("utf-8")
