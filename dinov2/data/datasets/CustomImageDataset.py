@@ -125,7 +125,7 @@ def _number_labels(labels: list[str] | None, path: str) -> tuple[np.ndarray | No
         return None, None
     if "" in labels:
         raise DatasetError(f'image {labels.index("") + 1} of "{path}" has no label: give every line one')
-    numbers, classes = class_numbers(labels)
+    numbers, classes = class_numbers(labels, f'"{path}"')
     return np.array([numbers[label] for label in labels], dtype=np.int64), classes
 
 

@@ -96,5 +96,5 @@ def _number_labels(lines: list[SlideLine], path: str) -> tuple[dict[str, int], l
     for line in lines:
         if line.process and not line.label:
             raise DatasetError(f'line {line.line} of "{path}" has no label: give every slide one')
-    numbers, classes = class_numbers(line.label for line in lines if line.label)
+    numbers, classes = class_numbers((line.label for line in lines if line.label), f'"{path}"')
     return numbers, classes or []

@@ -3,6 +3,7 @@
 import pytest
 
 from dinov2.data.datasets.class_numbers import class_numbers
+from dinov2.errors import DatasetError
 
 
 @pytest.mark.parametrize(
@@ -17,3 +18,11 @@ from dinov2.data.datasets.class_numbers import class_numbers
 )
 def test_numbers_stay_and_names_are_numbered(labels, numbers, classes):
     assert class_numbers(iter(labels)) == (numbers, classes)
+
+
+def test_numbers_that_no_array_holds_are_refused():
+    largest = "9" * 18
+    assert class_numbers([largest])[0] == {largest: 10**18 - 1}
+    with pytest.raises(DatasetError, match="the file has the label 99999999999999999999: number classes"):
+        class_numbers(["1", "9" * 20], "the file")
+    assert class_numbers(["a", "9" * 20])[1] == ["9" * 20, "a"]
