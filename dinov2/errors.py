@@ -53,10 +53,23 @@ class OutputError(UserError, OSError):
     """The output directory cannot be used."""
 
 
-def nearest(name: str, accepted: Iterable[str]) -> str:
-    """Return ``' (did you mean "x"?)'`` for the accepted name closest to ``name``, or an empty string."""
-    match = difflib.get_close_matches(str(name), [str(item) for item in accepted], n=1, cutoff=0.6)
+def nearest(name: str, accepted: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Return ``' (did you mean "x"?)'`` for the accepted name closest to ``name``, or an empty string.
+
+    Args:
+        name: what was given.
+        accepted: the names to choose from.
+        cutoff: how alike two names must be, from 0 to 1 for the same.
+    """
+    match = difflib.get_close_matches(str(name), [str(item) for item in accepted], n=1, cutoff=cutoff)
     return f' (did you mean "{match[0]}"?)' if match else ""
+
+
+def some_of(items: Iterable[object], limit: int, *, separator: str = ", ") -> str:
+    """Return the first items for a sentence, and how many more there are: ``"a, b, c and 4 more"``."""
+    texts = [str(item) for item in items]
+    more = len(texts) - limit
+    return separator.join(texts[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def printable(text: str) -> str:

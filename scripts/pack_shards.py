@@ -29,6 +29,7 @@ from dinov2.data import make_dataset
 from dinov2.data.dataset_string import format_dataset_string
 from dinov2.data.datasets.arrays import atomic_file
 from dinov2.data.datasets.mixture import MixtureDataset
+from dinov2.data.datasets.path_map import PathMap
 from dinov2.data.datasets.shard_writers import Sample, parquet_sums, tar_sums, write_parquet, write_tar
 from dinov2.errors import ConfigError, DatasetError, OutputError
 
@@ -138,6 +139,7 @@ def pack(
     shard_size: int,
     processes: int = 1,
     skip_broken: bool = False,
+    path_map: str = "",
 ) -> str:
     """Pack a dataset; return the dataset string of the result.
 
@@ -148,6 +150,7 @@ def pack(
         shard_size: images per shard.
         processes: that write shards side by side.
         skip_broken: leave out what is no image instead of stopping.
+        path_map: where recorded folders of the dataset lie here, ``/old=/new,/other=/elsewhere``.
 
     Raises:
         ConfigError: the folder holds shards of another plan, or the dataset is a mixture with weights.
@@ -156,7 +159,7 @@ def pack(
     """
     if shard_size < 1 or processes < 1:
         raise ConfigError(f"--shard-size is {shard_size} and --processes is {processes}; use 1 or more")
-    dataset = make_dataset(dataset_str=dataset_str)
+    dataset = make_dataset(dataset_str=dataset_str, path_map=PathMap.parse(path_map))
     if isinstance(dataset, MixtureDataset) and dataset.weights is not None:
         raise ConfigError(
             "a mixture with weights is not packed: pack its parts, and give the weights in training"
@@ -239,6 +242,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Pack the images of a dataset into shards."""
     parser = argparse.ArgumentParser(prog="scripts/pack_shards.py", description=main.__doc__)
     parser.add_argument("--dataset", required=True, help="dataset string, mixtures too")
+    parser.add_argument(
+        "--path-map", default="", help="where the dataset's folders lie here: /old=/new,/other=/elsewhere"
+    )
     parser.add_argument("--output", required=True, help="folder of the shards")
     parser.add_argument("--format", default="webdataset", choices=("webdataset", "parquet"))
     parser.add_argument(
@@ -259,6 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
         shard_size=args.shard_size,
         processes=args.processes,
         skip_broken=args.skip_broken,
+        path_map=args.path_map,
     )
 
 

@@ -11,7 +11,7 @@ from dinov2.data.datasets.checks import existing_folder
 from dinov2.data.datasets.pathology import CSV_COLUMN, read_entry_csv
 from dinov2.data.indexing.verify import LEVELS
 from dinov2.data.indexing.workers import default_workers
-from dinov2.errors import ConfigError
+from dinov2.errors import ConfigError, some_of
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -24,7 +24,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--split", default="TRAIN", help="split to index (default: %(default)s)")
     parser.add_argument("--sshid", default="", help="path map of the forks: 11 or 448")
-    parser.add_argument("--path-map", default="", help="path map: /old=/new,/other=/elsewhere")
+    parser.add_argument(
+        "--path-map", default="", help="where recorded folders lie here: /old=/new,/other=/elsewhere"
+    )
     parser.add_argument(
         "--verify",
         choices=LEVELS,
@@ -72,7 +74,7 @@ def name_patches_folder(root: str, patches: str) -> None:
         named = read_entry_csv(path)
         if [entry.rstrip("/") for entry in named] != [folder]:
             raise ConfigError(
-                f'--patches is "{folder}", but "{path}" names {", ".join(named[:3])}: leave --patches out, '
+                f'--patches is "{folder}", but "{path}" names {some_of(named, 3)}: leave --patches out, '
                 "or give another --root"
             )
         return

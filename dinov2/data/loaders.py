@@ -69,8 +69,8 @@ def make_dataset(
             (:class:`~dinov2.data.datasets.mixture.MixtureDataset`).
         transform: applied to each PIL image.
         target_transform: applied to each target.
-        path_map: where recorded folders lie here (``train.path_map``), for ``root`` and ``extra`` and for the
-            paths in the dataset's files; see :mod:`dinov2.data.datasets.path_map`.
+        path_map: where recorded folders lie here (``train.path_map``), for the keys that name paths, such as
+            ``root``, and for the paths in the dataset's files; see :mod:`dinov2.data.datasets.path_map`.
 
     Raises:
         DatasetError: the name or a key is unknown, a key is missing, a folder or file that the dataset

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinov2 import distributed
-from dinov2.errors import ImageReadError, OutputError, UnreadableImagesError, printable
+from dinov2.errors import ImageReadError, OutputError, UnreadableImagesError, printable, some_of
 from dinov2.utils.seeding import derive_seed
 
 logger = logging.getLogger("dinov2")
@@ -86,9 +86,7 @@ def read_or_replace(read: Callable[[int], Any], index: int, replace: Callable[[i
 
 
 def _listed(failures: Sequence[Failure]) -> str:
-    different = list(dict.fromkeys(failures))
-    more = len(different) - LISTED
-    return ", ".join(map(str, different[:LISTED])) + (f" and {more} more" if more > 0 else "")
+    return some_of(dict.fromkeys(failures), LISTED)
 
 
 class CollateDraws:

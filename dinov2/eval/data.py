@@ -1,6 +1,6 @@
 """Labelled datasets for evaluation and the loader that goes through them once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dinov2.data import DatasetWithEnumeratedTargets, SamplerType, make_data_loader, make_dataset
-from dinov2.errors import DatasetError
+from dinov2.errors import DatasetError, some_of
 from dinov2.eval.metrics import NO_LABEL
 
 CLASSES_SHOWN = 10
@@ -46,13 +46,10 @@ def check_same_classes(train_dataset: Dataset, other_dataset: Dataset) -> None:
     ours, theirs = (getattr(dataset, "classes", None) for dataset in (train_dataset, other_dataset))
     if ours and theirs and list(ours) != list(theirs):
         raise DatasetError(
-            f"the classes of the datasets differ, {_shown(ours)} and {_shown(theirs)}: "
-            "give both the same class folders, an empty one where a class has no image"
+            f"the classes of the datasets differ, {some_of(ours, CLASSES_SHOWN)} versus "
+            f"{some_of(theirs, CLASSES_SHOWN)}: give both the same class folders, "
+            "an empty one where a class has no image"
         )
-
-
-def _shown(classes: Sequence[str]) -> str:
-    return ", ".join(classes[:CLASSES_SHOWN]) + (", ..." if len(classes) > CLASSES_SHOWN else "")
 
 
 def training_labels(dataset: Dataset, dataset_str: str) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dinov2 import distributed
-from dinov2.errors import OutputError, WeightsError
+from dinov2.errors import OutputError, WeightsError, some_of
 from dinov2.fsdp import files
 from dinov2.fsdp.state import Checkpointable, gather, load_checkpointable, load_model, tensors
 
@@ -182,7 +182,7 @@ class FSDPCheckpointer:
     ) -> dict[str, Any]:
         if "model" not in state:
             raise WeightsError(
-                f'{path} has no entry "model" (it has {", ".join(map(str, list(state)[:5]))}): name a run '
+                f'{path} has no entry "model" (it has {some_of(state, 5)}): name a run '
                 "state such as model_final.rank_0.pth"
             )
         rest = {name: value for name, value in state.items() if name not in {"model", *self.checkpointables}}

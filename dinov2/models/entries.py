@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dinov2.errors import WeightsError
+from dinov2.errors import WeightsError, some_of
 from dinov2.models.checkpoint_names import NETWORKS
 from dinov2.models.stored import StoredTensor
 
@@ -104,7 +104,7 @@ def _no_entry(source: str, entry: str | None, entries: list[str]) -> WeightsErro
         return WeightsError(f"{source} holds no tensors: expected the weights of a backbone.")
     wanted = f'no entry "{entry}"' if entry else "no backbone"
     return WeightsError(
-        f"{source} has {wanted}, only {', '.join(map(str, entries[:5]))}: expected bare weights or an entry "
+        f"{source} has {wanted}, only {some_of(entries, 5)}: expected bare weights or an entry "
         f"named {', '.join((*NETWORKS, *CONTAINERS))}."
     )
 

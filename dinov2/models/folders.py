@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
+from dinov2.errors import some_of
 from dinov2.models.checkpoint_names import checkpoint_name
 from dinov2.models.shards import INDEX_SUFFIX
 
@@ -48,7 +49,7 @@ def weight_files(names: Iterable[str]) -> list[str]:
 def no_choice(place: str, names: Iterable[str], entry: str) -> str:
     """Return the sentence for a place with no weight file, or several."""
     found = weight_files(names)
-    shown = ", ".join(found[:NAMES_SHOWN]) + (", ..." if len(found) > NAMES_SHOWN else "")
+    shown = some_of(found, NAMES_SHOWN)
     if all(SHARD.search(name) for name in found) and found:
         return (
             f"{place} holds parts of a checkpoint ({shown}) without the index that says what is in which: "

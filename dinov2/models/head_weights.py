@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2.errors import WeightsError
+from dinov2.errors import WeightsError, some_of
 from dinov2.models.entries import OTHER_ENTRY, leaves, plain_name
 from dinov2.models.integrity import sha256_of
 from dinov2.models.report import LoadReport
@@ -55,7 +55,7 @@ def load_head(
     state = find_head(content, key)
     if not state:
         raise WeightsError(
-            f'{name} has no entry "{key}", only {", ".join(list(map(str, content))[:5]) or "nothing"}: '
+            f'{name} has no entry "{key}", only {some_of(content, 5) or "nothing"}: '
             "name the checkpoint of that head."
         )
     own = head.state_dict()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2 import cli
-from dinov2.errors import WeightsError
+from dinov2.errors import WeightsError, some_of
 from dinov2.models.checkpoint_names import HEAD_KEYS, NETWORKS, checkpoint_name
 from dinov2.models.entries import leaves
 from dinov2.models.head_weights import find_head, head_sizes
@@ -66,7 +66,7 @@ def inspect_weights(source: str, entry: str | None = None) -> Findings:
         if not weights.architecture.depth:
             raise WeightsError(
                 f'"{path}" holds neither a backbone nor a projection head: its first tensors are '
-                f"{', '.join(list(weights.plain)[:3]) or 'none'}."
+                f"{some_of(weights.plain, 3) or 'none'}."
             )
     except WeightsError:
         if not heads:

@@ -4,12 +4,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from dinov2.errors import some_of
+
 NAMES_SHOWN = 3
 
 
 def first_names(names: list[str]) -> str:
     """Return the first few names for a sentence."""
-    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+    return some_of(names, NAMES_SHOWN)
 
 
 @dataclass(frozen=True)

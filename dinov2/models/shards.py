@@ -3,7 +3,7 @@
 import json
 from pathlib import Path, PurePosixPath
 
-from dinov2.errors import WeightsError
+from dinov2.errors import WeightsError, some_of
 from dinov2.models.integrity import damaged, is_file
 
 INDEX_SUFFIX = ".index.json"
@@ -21,10 +21,9 @@ def read_index(path: Path) -> tuple[dict[str, Path], dict[str, str]]:
     files = {name: path.parent / name for name in sorted(set(table.values()))}
     missing = [name for name, file in files.items() if not is_file(file)]
     if missing:
-        shown = ", ".join(missing[:NAMES_SHOWN]) + (", ..." if len(missing) > NAMES_SHOWN else "")
         raise WeightsError(
-            f'{len(missing)} of the {len(files)} files that "{path}" names are missing ({shown}): download '
-            "or copy them into the same folder."
+            f'{len(missing)} of the {len(files)} files that "{path}" names are missing '
+            f"({some_of(missing, NAMES_SHOWN)}): download or copy them into the same folder."
         )
     return {tensor: files[name] for tensor, name in table.items()}, metadata
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2.errors import WeightsError
+from dinov2.errors import WeightsError, some_of
 from dinov2.models.digest import DIGEST_KEY
 from dinov2.models.entries import leaves
 from dinov2.models.integrity import check_sidecar, damaged, require_file
@@ -137,10 +137,10 @@ def _open_sharded(index: Path) -> OpenedFile:
     shards = {file: _open_single(file) for file in dict.fromkeys(table.values())}
     lost = [name for name, file in table.items() if name not in shards[file].content]
     if lost:
-        shown = ", ".join(lost[:NAMES_SHOWN]) + (", ..." if len(lost) > NAMES_SHOWN else "")
         raise WeightsError(
-            f'{len(lost)} tensors that "{index}" lists are not in the files it names for them ({shown}): '
-            "index and files are of different checkpoints; download them again."
+            f'{len(lost)} tensors that "{index}" lists are not in the files it names for them '
+            f"({some_of(lost, NAMES_SHOWN)}): index and files are of different checkpoints; "
+            "download them again."
         )
     content = {name: shards[file].content[name] for name, file in table.items()}
     for file, shard in shards.items():  # what the index forgets is shown, not lost

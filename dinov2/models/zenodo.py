@@ -9,7 +9,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from dinov2.errors import WeightsError, nearest
+from dinov2.errors import WeightsError, nearest, some_of
 from dinov2.models.checkpoint_names import FARM_NAME
 from dinov2.models.downloads import cache_dir, fetch
 
@@ -83,7 +83,7 @@ def _checksum(address: str, record: str, file: str) -> str | None:
     if file not in checksums:
         raise WeightsError(
             f'The Zenodo record {record} has no file "{file}"{nearest(file, checksums)}: it has '
-            f"{', '.join(sorted(checksums)[:10]) or 'none'}."
+            f"{some_of(sorted(checksums), 10) or 'none'}."
         )
     algorithm, _, digits = checksums[file].partition(":")
     return digits if algorithm == "md5" and digits else _without(file, f"it states {checksums[file]!r}")

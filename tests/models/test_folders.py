@@ -50,5 +50,5 @@ def test_the_order_of_preference(names, teacher, student):
 
 def test_what_is_there_is_listed():
     sentence = no_choice("The folder x", [f"{letter}.pth" for letter in "fedcba"], "teacher")
-    assert "teacher_checkpoint.pth" in sentence and "a.pth, b.pth, c.pth, d.pth, e.pth, ..." in sentence
+    assert "teacher_checkpoint.pth" in sentence and "a.pth, b.pth, c.pth, d.pth, e.pth and 1 more" in sentence
     assert "no weight file at all" in no_choice("The folder x", ["notes.txt"], "teacher")

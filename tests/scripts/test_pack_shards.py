@@ -139,3 +139,11 @@ def test_the_command(classes, tmp_path, capsys):
     assert len(make_dataset(dataset_str=said[1])) == 10
     with pytest.raises(ConfigError, match="--shard-size is 0"):
         main([*arguments, "--shard-size", "0"])
+
+
+def test_where_the_recorded_folders_lie_here(classes, tmp_path):
+    arguments = ["--dataset", "ImageFolder:root=/recorded/classes", "--output", str(tmp_path / "out")]
+    main([*arguments, "--path-map", f"/recorded={tmp_path}"])
+    assert len(make_dataset(dataset_str=f"WebDataset:root={tmp_path / 'out'}")) == 10
+    with pytest.raises(DatasetError, match="/recorded/classes"):
+        main(arguments)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dinov2.data.datasets.arrays import PackedStrings
+from dinov2.data.datasets.class_numbers import class_numbers
 from dinov2.data.datasets.extended import ExtendedVisionDataset
 from dinov2.data.datasets.image_folder import IMAGE_SUFFIXES
 from dinov2.data.datasets.path_map import PathMap, mapped_from
@@ -125,14 +126,8 @@ def _number_labels(labels: list[str] | None, path: str) -> tuple[np.ndarray | No
         return None, None
     if "" in labels:
         raise DatasetError(f'image {labels.index("") + 1} of "{path}" has no label: give every line one')
-    try:
-        return np.array([int(label) for label in labels], dtype=np.int64), None
-    except OverflowError as error:
-        largest = max(labels, key=len)
-        raise DatasetError(f'"{path}" has the label {largest}: number classes from 0 on') from error
-    except ValueError:
-        classes, numbers = np.unique(labels, return_inverse=True)
-        return numbers.astype(np.int64), classes.tolist()
+    numbers, classes = class_numbers(labels, f'"{path}"')
+    return np.array([numbers[label] for label in labels], dtype=np.int64), classes
 
 
 def _lines_of_split(splits: list[str] | None, split: str, path: str, count: int) -> list[int]:

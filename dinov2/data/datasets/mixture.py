@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from dinov2.errors import DatasetError
+from dinov2.errors import DatasetError, some_of
 
 logger = logging.getLogger("dinov2")
 
@@ -172,4 +172,4 @@ def _classes_of(dataset: Dataset, name: str) -> list[str] | int:
 
 
 def _described(classes: list[str] | int) -> str:
-    return f"{classes} classes" if isinstance(classes, int) else f"the classes {', '.join(classes[:10])}"
+    return f"{classes} classes" if isinstance(classes, int) else f"the classes {some_of(classes, 10)}"

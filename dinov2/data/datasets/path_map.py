@@ -119,7 +119,7 @@ def mapped_from(recorded: str, path: str) -> str:
 
 
 # Keys of dataset strings whose values are paths.
-PATH_OPTIONS = ("root", "extra")
+PATH_OPTIONS = ("root", "extra", "manifest", "coords")
 
 
 def map_options(options: Mapping[str, Any], accepted: Container[str], path_map: PathMap) -> dict[str, Any]:

@@ -7,16 +7,17 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dinov2.data.datasets.arrays import IndexArray, atomic_file, save_array
-from dinov2.errors import DatasetError, OutputError
+from dinov2.data.datasets.class_numbers import class_numbers
+from dinov2.data.locks import one_at_a_time
+from dinov2.errors import DatasetError
 
 logger = logging.getLogger("dinov2")
 
@@ -80,7 +81,7 @@ class ShardIndex:
         """
         facts = self._read_facts()
         if facts is None:
-            with self._alone():
+            with one_at_a_time(self._path(".lock"), what=f'the index of the shards in "{self._root}"'):
                 facts = self._read_facts()
                 if facts is None:
                     facts = self._write(*build())
@@ -111,30 +112,6 @@ class ShardIndex:
         """Delete the index of the same shards with the same options as they were before."""
         for path in self._folder.glob(f"{self._same_options}*"):
             if not path.name.startswith(self._stem):
-                path.unlink(missing_ok=True)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Let the processes of one machine build one after the other, so that the others find it done."""
-        import fcntl
-
-        path = self._path(".lock")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("wb")
-        except OSError as error:
-            raise OutputError(
-                f'the index of the shards in "{self._root}" is not built yet and "{self._folder}" can not be '
-                f"written ({error}): name a folder for it with extra="
-            ) from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:  # some network file systems have no locks; the work is then done twice
-                logger.debug("no lock on %s: %s", path, error)
-            try:
-                yield
-            finally:
                 path.unlink(missing_ok=True)
 
 
@@ -177,21 +154,12 @@ def _digest(content: Any) -> str:
 class Labels:
     """Labels as stored, turned into class numbers.
 
-    Whole numbers stay as they are; names are numbered in the order of the alphabet.
-
     Args:
         by_shard: for every shard, its different labels as text and for every sample the place in them.
     """
 
     def __init__(self, by_shard: list[tuple[list[str], np.ndarray]]) -> None:
-        different = sorted({name for names, _ in by_shard for name in names})
-        numeric = all(_is_whole_number(name) for name in different)
-        self.classes = None if numeric else different
-        number = {name: int(name) if numeric else place for place, name in enumerate(different)}
+        number, self.classes = class_numbers(name for names, _ in by_shard for name in names)
         self.numbers = np.concatenate(
             [np.array([number[name] for name in names], dtype=np.int64)[places] for names, places in by_shard]
         )
-
-
-def _is_whole_number(text: str) -> bool:
-    return text.removeprefix("-").isdecimal() and text.isascii()

@@ -11,10 +11,11 @@ from PIL import Image
 from dinov2.data.datasets.checks import existing_folder
 from dinov2.data.datasets.decoders import Decoder
 from dinov2.data.datasets.extended import ExtendedVisionDataset
+from dinov2.data.datasets.path_map import PathMap
 from dinov2.data.slides.coordinate_files import with_coordinate_files
 from dinov2.data.slides.pool import SlidePool
 from dinov2.data.slides.slide_tiles import TileSpec
-from dinov2.data.slides.sources import slides_of_folder, slides_of_manifest
+from dinov2.data.slides.sources import SlideSource, slides_of_folder, slides_of_manifest
 from dinov2.data.slides.tile_table import NO_LABEL, SlideRow, open_tile_table
 from dinov2.errors import DatasetError, ImageReadError, UserError, nearest
 
@@ -46,7 +47,8 @@ class Slides(ExtendedVisionDataset):
         root: folder of the slides; relative paths of the manifest start here.
         pattern: names or globs below ``root``, separated by commas; empty means all slide formats.
         manifest: CSV of slides in place of ``pattern``: a column ``path`` (or ``slide``), and optionally
-            ``mpp`` (um per level-0 pixel, wins over the file), ``label``, ``split``, ``mask``.
+            ``mpp`` (um per level-0 pixel, wins over the file), ``label``, ``split``, ``mask``, ``process`` (0
+            leaves the slide out).
         split: which lines of the manifest to take; empty means all.
         size: side of a tile in pixels.
         mpp: um per pixel of a tile.
@@ -60,6 +62,8 @@ class Slides(ExtendedVisionDataset):
         backend: ``openslide``, ``tiffslide``, or ``auto`` for the first that opens a slide.
         random_offset: every draw is moved by up to this many pixels in x and y, within the scanned area.
         open_slides: slides that a process holds open at a time.
+        path_map: where recorded folders lie here, for the paths in the manifest; see
+            :mod:`dinov2.data.datasets.path_map`.
         transforms, transform, target_transform: as for torchvision's datasets.
 
     Attributes:
@@ -88,6 +92,7 @@ class Slides(ExtendedVisionDataset):
         backend: str = "auto",
         random_offset: int = 0,
         open_slides: int = 16,
+        path_map: PathMap | str = "",
         transforms: Callable | None = None,
         transform: Callable | None = None,
         target_transform: Callable | None = None,
@@ -105,7 +110,7 @@ class Slides(ExtendedVisionDataset):
             if value < least:
                 raise DatasetError(f"the {key} of Slides is {value}; it takes {least} or more")
         spec = TileSpec(size, mpp, overlap, min_tissue, backend)
-        sources, self.classes = _find_sources(root, pattern, manifest, split)
+        sources, self.classes = _find_sources(root, pattern, manifest, split, PathMap.of(path_map))
         if coords:
             sources = with_coordinate_files(sources, existing_folder(coords, dataset="Slides", key="coords"))
         self._table = open_tile_table(sources, spec, extra or _default_folder())
@@ -202,11 +207,13 @@ class Slides(ExtendedVisionDataset):
         return moved[0], moved[1]
 
 
-def _find_sources(root: str, pattern: str, manifest: str, split: str) -> tuple[list, list[str]]:
+def _find_sources(
+    root: str, pattern: str, manifest: str, split: str, path_map: PathMap
+) -> tuple[list[SlideSource], list[str]]:
     if manifest:
         if pattern:
             raise DatasetError("Slides takes its slides from pattern or from manifest; leave one of them out")
-        return slides_of_manifest(manifest, root=root, split=split)
+        return slides_of_manifest(manifest, root=root, split=split, path_map=path_map)
     if split:
         raise DatasetError(f"Slides has a split, {split}, but no manifest with a column split; give one")
     return slides_of_folder(existing_folder(root, dataset="Slides", key="root"), pattern), []

@@ -13,14 +13,15 @@ import numpy as np
 
 from dinov2.data.datasets.arrays import atomic_file, remove_leftovers
 from dinov2.data.datasets.tile_index import IndexFiles, write_index
+from dinov2.data.indexing.builder_lock import keep, only_builder
 from dinov2.data.indexing.journal import Journal, Records
 from dinov2.data.indexing.listing import Known, SlideRecord, list_slide
-from dinov2.data.indexing.lock import BuildLock
 from dinov2.data.indexing.names import SUFFIXES
 from dinov2.data.indexing.progress import BuildProgress
 from dinov2.data.indexing.verify import LEVELS
 from dinov2.data.indexing.workers import default_workers, results
-from dinov2.errors import ConfigError, DatasetError, nearest
+from dinov2.data.locks import LockFile
+from dinov2.errors import ConfigError, DatasetError, nearest, some_of
 
 logger = logging.getLogger("dinov2")
 
@@ -85,7 +86,7 @@ def build_index(
     start = time.monotonic()
     _check_options(verify, workers)
     workers = default_workers() if workers is None else workers
-    with BuildLock(files.lock) as lock:
+    with only_builder(files.lock) as lock:
         for path in (files.entries, files.names, files.next_names, files.skipped, files.journal):
             remove_leftovers(path)
         slides = [_slide_names(folder) for folder in folders]
@@ -123,7 +124,7 @@ def _collect(
     folders: list[str],
     slides: list[list[str]],
     journal: Journal,
-    lock: BuildLock,
+    lock: LockFile,
     report: BuildReport,
     workers: int,
     verify: str,
@@ -140,7 +141,7 @@ def _collect(
     with journal, BuildProgress(len(items)) as progress:
 
         def tick() -> None:
-            lock.beat()
+            keep(lock)
             progress.tick()
 
         with closing(results(_list_one, items, workers, tick, processes=verify != "none")) as found:
@@ -215,7 +216,7 @@ def _no_tiles(folders: list[str], records: Records, files: IndexFiles) -> str:
     listed = ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(REASONS_SHOWN))
     return (
         f"Pathology finds no tile <slide>/<slide>_patch_<number>({'|'.join(SUFFIXES)}) "
-        f"below {', '.join(folders[:3])}{f'; it found {listed}' if listed else ''}: check entry.csv, or use "
+        f"below {some_of(folders, 3)}{f'; it found {listed}' if listed else ''}: check entry.csv, or use "
         f'ImageFolder or CustomImageDataset for other names; "{files.skipped}" says why of every file'
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from dinov2.data.datasets.decoders import ImageDataDecoder
+from dinov2.errors import ImageReadError
 
 LEVELS = ("none", "header", "decode")  # each includes those before it
 EMPTY = "the file is empty"
@@ -39,6 +40,9 @@ def check_file(path: str, level: str) -> str:
             return _CHECKS[level](path)
     except UnidentifiedImageError:
         return NO_IMAGE
+    except ImageReadError as error:  # of the decoder that training uses
+        unknown = isinstance(error.__cause__, UnidentifiedImageError)
+        return NO_IMAGE if unknown else f"the image is damaged ({error.reason})"
     except OSError as error:
         if error.errno is None:  # Pillow's own: the content is at fault, not the way to it
             return f"the image is damaged ({error})"

@@ -76,16 +76,10 @@ def plan_tiles(slide: Slide, mask: TissueMask, recipe: TilingRecipe) -> TilePlan
         tissue[enough],
         edge[enough],
         side,
-        level_for(slide, slide.downsample(recipe.mpp)),
+        slide.level_for(slide.downsample(recipe.mpp)),
         corners[~enough],
         tissue[~enough],
     )
-
-
-def level_for(slide: Slide, factor: float) -> int:
-    """Return the coarsest level that is fine enough for ``factor`` level-0 pixels per pixel."""
-    fine_enough = [i for i, down in enumerate(slide.level_downsamples) if down <= factor * (1 + 1e-6)]
-    return max(fine_enough, key=slide.level_downsamples.__getitem__, default=0)
 
 
 def draw_tiles(plan: TilePlan, slide: str, recipe: TilingRecipe) -> TilePlan:

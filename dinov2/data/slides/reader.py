@@ -129,6 +129,11 @@ class Slide:
             )
         return wanted
 
+    def level_for(self, factor: float) -> int:
+        """Return the coarsest level that is fine enough for ``factor`` level-0 pixels per pixel."""
+        fine_enough = [i for i, down in enumerate(self.level_downsamples) if down <= factor * (1 + 1e-6)]
+        return max(fine_enough, key=self.level_downsamples.__getitem__, default=0)
+
     def patch_size_level0(self, size: int, mpp: float) -> int:
         """Return the side of a tile of ``size`` pixels at ``mpp`` in level-0 pixels."""
         return round(size * self.downsample(mpp))
@@ -173,11 +178,7 @@ class Slide:
 
     def _resampled(self, x: int, y: int, size: tuple[int, int], factor: float) -> Image.Image:
         """Return ``size`` pixels, each of ``factor`` level-0 pixels a side."""
-        level = max(
-            (i for i, down in enumerate(self.level_downsamples) if down <= factor * (1 + 1e-6)),
-            key=self.level_downsamples.__getitem__,
-            default=0,
-        )
+        level = self.level_for(factor)
         ratio = factor / self.level_downsamples[level]
         stored = tuple(max(1, round(side * ratio)) for side in size)
         # Whole pixels are averaged first, which is exact; the rest of the ratio, below 2, by a filter.

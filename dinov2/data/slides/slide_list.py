@@ -1,17 +1,14 @@
 """Which slides to work on: a folder, a pattern, or a table with a line per slide."""
 
-import csv
 import glob
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from dinov2.data.datasets.path_map import PathMap
+from dinov2.data.slides.slide_csv import read_slide_csv
 from dinov2.data.slides.sources import SLIDE_SUFFIXES
-from dinov2.errors import DatasetError, nearest
-
-COLUMNS = ("slide", "path", "mpp", "mask", "process")
-_NO = ("0", "false", "no", "n")
-_YES = ("", "1", "true", "yes", "y")
+from dinov2.errors import DatasetError
 
 
 @dataclass(frozen=True)
@@ -33,20 +30,21 @@ class SlideEntry:
     process: bool = True
 
 
-def list_slides(source: str) -> list[SlideEntry]:
+def list_slides(source: str, *, path_map: PathMap | None = None) -> list[SlideEntry]:
     """Return the slides of a source, sorted by name.
 
     Args:
         source: a folder (searched with its subfolders), a pattern such as ``/data/**/*.svs``, one slide file,
-            or a CSV with a column ``path`` (or ``slide``) and any of ``slide`` (the name to store it under),
-            ``mpp``, ``mask``, ``process`` (0 leaves it out). Relative paths count from the folder of the CSV.
+            or a CSV, see :func:`~dinov2.data.slides.slide_csv.read_slide_csv`, whose column ``slide`` gives
+            the name to store it under; its labels and splits are passed over.
+        path_map: where recorded folders lie here, for the paths in the CSV.
 
     Raises:
         DatasetError: nothing is found, the table is wrong, or two slides have one name.
     """
     path = Path(source)
     if path.is_file() and path.suffix.lower() == ".csv":
-        entries = _read_table(path)
+        entries = _entries_of(source, path_map)
     elif path.is_file():
         entries = [SlideEntry(path.stem, str(path))]
     elif path.is_dir():
@@ -75,41 +73,15 @@ def _walk(folder: Path) -> list[Path]:
     return found
 
 
-def _read_table(path: Path) -> list[SlideEntry]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        for column in columns:
-            if column not in COLUMNS and nearest(column, COLUMNS):
-                raise DatasetError(f'"{path}" has a column "{column}"{nearest(column, COLUMNS)}: rename it')
-        if "path" not in columns and "slide" not in columns:
-            raise DatasetError(f'"{path}" has the columns {columns}; path is needed, one slide a line')
-        return [_entry_of(row, path, number) for number, row in enumerate(reader, start=2)]
-
-
-def _entry_of(row: dict[str, str | None], table: Path, line: int) -> SlideEntry:
-    cell = {column: (row.get(column) or "").strip() for column in COLUMNS}
-    location = cell["path"] or cell["slide"]
-    if not location:
-        raise DatasetError(f'line {line} of "{table}" has no path: fill it in or delete the line')
-    name = cell["slide"] if cell["path"] and cell["slide"] else Path(location).stem
-    if name != Path(name).name or name.startswith("."):
-        raise DatasetError(
-            f'line {line} of "{table}" names the slide "{name}", which is no name of a folder: '
-            "put file paths into the column path"
-        )
-    if cell["process"].lower() not in _YES + _NO:
-        raise DatasetError(
-            f'line {line} of "{table}" has "{cell["process"]}" below process; 1 or 0 is accepted'
-        )
-    try:
-        mpp = float(cell["mpp"]) if cell["mpp"] else None
-    except ValueError:
-        raise DatasetError(
-            f'line {line} of "{table}" has "{cell["mpp"]}" below mpp; it takes um per pixel, such as 0.25'
-        ) from None
-    mask = str(table.parent / cell["mask"]) if cell["mask"] else None
-    return SlideEntry(name, str(table.parent / location), mpp, mask, cell["process"].lower() in _YES)
+def _entries_of(table: str, path_map: PathMap | None) -> list[SlideEntry]:
+    lines = read_slide_csv(table, path_map=path_map)[1]
+    for line in lines:
+        if line.name != Path(line.name).name or line.name.startswith("."):
+            raise DatasetError(
+                f'line {line.line} of "{table}" has "{line.name}" below slide, which is no name of a folder: '
+                "put file paths into the column path"
+            )
+    return [SlideEntry(line.name, line.path, line.mpp, line.mask or None, line.process) for line in lines]
 
 
 def _check_names(entries: list[SlideEntry]) -> None:

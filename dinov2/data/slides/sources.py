@@ -1,18 +1,17 @@
 """Which slides a dataset is made of: the files of a folder, or the lines of a CSV."""
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from dinov2.errors import DatasetError, nearest
+from dinov2.data.datasets.class_numbers import class_numbers
+from dinov2.data.datasets.path_map import PathMap
+from dinov2.data.slides.slide_csv import SlideLine, read_slide_csv
+from dinov2.errors import DatasetError
 
 SLIDE_SUFFIXES = (
     *(".svs", ".tif", ".tiff", ".qptiff", ".scn", ".bif"),
     *(".ndpi", ".mrxs", ".vms", ".vmu", ".svslide"),
 )
-COLUMNS = ("path", "slide", "mpp", "label", "split", "mask")
 
 
 @dataclass(frozen=True)
@@ -56,83 +55,46 @@ def slides_of_folder(root: str, pattern: str = "") -> list[SlideSource]:
     return [SlideSource(path) for path in paths]
 
 
-def slides_of_manifest(path: str, *, root: str = "", split: str = "") -> tuple[list[SlideSource], list[str]]:
+def slides_of_manifest(
+    path: str, *, root: str = "", split: str = "", path_map: PathMap | None = None
+) -> tuple[list[SlideSource], list[str]]:
     """Read the slides of a CSV with a header line, in its order, and the names of their classes.
 
-    The column ``path`` (or ``slide``) is needed; ``mpp``, ``label``, ``split``, ``mask`` are optional. Labels
-    that are whole numbers are kept, others are numbered in the order of the alphabet over the whole file.
+    Labels that are whole numbers are kept, others are numbered in the order of the alphabet over the whole
+    file, whatever part of it is taken.
 
     Args:
-        path: the CSV.
+        path: the CSV, see :func:`~dinov2.data.slides.slide_csv.read_slide_csv`; lines with 0 in the column
+            ``process`` are left out.
         root: folder of relative paths; empty means the folder of the CSV.
         split: which lines to take, by the column ``split``; empty means all.
+        path_map: where recorded folders lie here, for the paths in the file.
 
     Raises:
         DatasetError: the file is missing or unusable, or has no line of the split.
     """
-    columns, rows = _read_rows(path)
-    labels, classes = (
-        _number_labels([row["label"] for row in rows], path) if "label" in columns else (None, [])
-    )
+    columns, listed = read_slide_csv(path, root=root, path_map=path_map)
+    lines = [line for line in listed if line.process]
+    if not lines:
+        left_out = f" but the {len(listed)} with 0 in the column process" if listed else ""
+        raise DatasetError(f'"{path}" lists no slide{left_out}: add a line for each')
+    numbers, classes = _number_labels(listed, path) if "label" in columns else ({}, [])
     if split and "split" not in columns:
         raise DatasetError(f'"{path}" has no column split, so split={split} selects nothing: leave it out')
-    # Absolute, because the tiles found once are used from other working directories.
-    folder = (Path(root) if root else Path(path).parent).absolute()
     sources = [
-        SlideSource(
-            path=str(folder / (row["path"] or row["slide"])),
-            mpp=_mpp(row["mpp"], path, line),
-            label=None if labels is None else int(labels[line]),
-            mask=str(folder / row["mask"]) if row["mask"] else "",
-        )
-        for line, row in enumerate(rows)
-        if not split or row["split"].lower() == split.lower()
+        SlideSource(line.path, line.mpp, numbers.get(line.label), line.mask)
+        for line in lines
+        if not split or line.split.lower() == split.lower()
     ]
     if not sources:
-        splits = sorted({row["split"] for row in rows})
+        splits = sorted({line.split for line in lines})
         raise DatasetError(f'"{path}" lists no slide of the split "{split}"; it has {splits}')
     return sources, classes
 
 
-def _read_rows(path: str) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the names of the columns and the lines, in which a missing column is empty."""
-    if not Path(path).is_file():
-        raise DatasetError(f'the manifest "{path}" of Slides is missing: give a CSV with the column path')
-    try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True, restval="")
-            columns = [name.strip().lower() for name in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            rows = [{name: (row.get(name) or "").strip() for name in COLUMNS} for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f'the manifest "{path}" is no CSV file in UTF-8 ({error})') from error
-    for name in columns:
-        if name not in COLUMNS and nearest(name, COLUMNS):
-            raise DatasetError(
-                f'the manifest "{path}" has a column "{name}"{nearest(name, COLUMNS)}: rename it'
-            )
-    for line, row in enumerate(rows, start=1):
-        if not row["path"] and not row["slide"]:
-            raise DatasetError(f'slide {line} of the manifest "{path}" has no path: it needs a column path')
-    if not rows:
-        raise DatasetError(f'the manifest "{path}" lists no slide')
-    return columns, rows
-
-
-def _number_labels(labels: list[str], path: str) -> tuple[np.ndarray, list[str]]:
-    if "" in labels:
-        raise DatasetError(f'slide {labels.index("") + 1} of "{path}" has no label: give every line one')
-    try:
-        return np.array([int(label) for label in labels], dtype=np.int64), []
-    except ValueError:
-        classes, numbers = np.unique(labels, return_inverse=True)
-        return numbers.astype(np.int64), classes.tolist()
-
-
-def _mpp(text: str, path: str, line: int) -> float | None:
-    try:
-        return float(text) if text else None
-    except ValueError:
-        raise DatasetError(
-            f'slide {line + 1} of "{path}" has the mpp "{text}"; it takes um per level-0 pixel, such as 0.25'
-        ) from None
+def _number_labels(lines: list[SlideLine], path: str) -> tuple[dict[str, int], list[str]]:
+    for line in lines:
+        if line.process and not line.label:
+            raise DatasetError(f'line {line.line} of "{path}" has no label: give every slide one')
+    numbers, classes = class_numbers((line.label for line in lines if line.label), f'"{path}"')
+    return numbers, classes or []

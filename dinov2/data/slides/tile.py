@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 
 from dinov2 import cli
+from dinov2.data.datasets.path_map import PathMap
 from dinov2.data.slides.grid import EDGES
 from dinov2.data.slides.output_folder import OutputFolder
 from dinov2.data.slides.recipe import FORMATS, TilingRecipe
@@ -22,6 +23,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     recipe, tissue = TilingRecipe(), SegmentationSettings()
     parser.add_argument(
         "--slides", required=True, help="folder, pattern in quotes, file, or CSV with a column path"
+    )
+    parser.add_argument(
+        "--path-map", default="", help="for the paths in the CSV: /old=/new,/other=/elsewhere"
     )
     parser.add_argument("--output", required=True, help="folder to write to; finished slides in it are kept")
     add = parser.add_argument_group("tiles").add_argument
@@ -83,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = recipe_of(args)
     if args.workers < 1:
         raise ConfigError(f"--workers is {args.workers}; it takes 1 or more")
-    entries = list_slides(args.slides)
+    entries = list_slides(args.slides, path_map=PathMap.parse(args.path_map))
     if args.dry_run:
         failed = sum(not _preview(entry, recipe, args.backend) for entry in entries if entry.process)
     else:

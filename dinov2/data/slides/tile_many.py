@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import connection
 
-from dinov2.data.slides.locks import RENEW_SECONDS, SlideLock
+from dinov2.data.locks import RENEW_SECONDS, LockFile
 from dinov2.data.slides.output_folder import DONE, OutputFolder
 from dinov2.data.slides.recipe import TilingRecipe, differences
 from dinov2.data.slides.slide_list import SlideEntry
 from dinov2.data.slides.tiling import outputs_of, stamp, tile_slide, wanted_record
-from dinov2.errors import ConfigError, UserError
+from dinov2.errors import ConfigError, UserError, some_of
 
 logger = logging.getLogger("dinov2")
 
@@ -99,10 +99,9 @@ def _sort_out(run: TilingRun) -> tuple[list[SlideEntry], list[dict]]:
         else:
             others.append(f"{entry.name} ({', '.join(changes)})")
     if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise ConfigError(
             f'in "{run.output.root}" there are slides done otherwise than asked for now: '
-            f"{'; '.join(others[:3])}{more}: give the same options, another --output, or --redo"
+            f"{some_of(others, 3, separator='; ')}: give the same options, another --output, or --redo"
         )
     return todo, records
 
@@ -150,7 +149,7 @@ def _record_after(status: int, entry: SlideEntry, run: TilingRun) -> dict:
         return record
     cause = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
     record = _failed(entry, run.recipe, f"its process ended without a result ({cause})")
-    lock = SlideLock(run.output.lock_path(entry.name))
+    lock = LockFile(run.output.lock_path(entry.name))
     if lock.acquire():
         _record_failure(record, run)
         lock.release()
@@ -176,7 +175,7 @@ def _failed(entry: SlideEntry, recipe: TilingRecipe, error: str) -> dict:
 
 def _tile_one(entry: SlideEntry, run: TilingRun) -> None:
     """What the process of a slide does; leaves a record unless another process has the slide."""
-    lock = SlideLock(run.output.lock_path(entry.name))
+    lock = LockFile(run.output.lock_path(entry.name))
     try:
         if not lock.acquire():
             os._exit(BUSY)
@@ -211,7 +210,7 @@ def _drop_other_recipe(before: dict | None, entry: SlideEntry, run: TilingRun) -
         run.output.forget(entry.name, outputs_of(entry.name, before["recipe"]))
 
 
-def _watch(lock: SlideLock) -> None:
+def _watch(lock: LockFile) -> None:
     """Renew the lock, and end this process if its parent has gone: nobody would wait for the result."""
     parent = multiprocessing.parent_process()
     while not connection.wait([parent.sentinel], timeout=RENEW_SECONDS):

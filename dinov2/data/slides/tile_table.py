@@ -1,25 +1,24 @@
 """The tiles of many slides in memory-mapped files, found once in parallel processes."""
 
-import fcntl
 import hashlib
 import json
 import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from dinov2.data.datasets.arrays import IndexArray, atomic_file, save_array
+from dinov2.data.locks import one_at_a_time
 from dinov2.data.slides.slide_tiles import TileSpec, fingerprint, load_tiles, store_tiles
 from dinov2.data.slides.sources import SlideSource
-from dinov2.errors import DatasetError, OutputError
+from dinov2.errors import DatasetError, some_of
 
 logger = logging.getLogger("dinov2")
 
@@ -105,28 +104,11 @@ def open_tile_table(sources: Sequence[SlideSource], spec: TileSpec, folder: str)
     stem = str(Path(folder, f"tiles-{digest}"))
     report = Path(f"{stem}.json")
     if not report.is_file():
-        with _one_at_a_time(folder):
+        with one_at_a_time(Path(folder, ".lock"), what="the list of tiles"):
             if not report.is_file():
                 _build(sources, spec, [f"{folder}/slides/{name}.npz" for name in names], stem)
     _tell(json.loads(report.read_text("utf-8")), report)
     return TileTable(stem)
-
-
-@contextmanager
-def _one_at_a_time(folder: str) -> Iterator[None]:
-    """Wait until no other process of this machine, or of its file system, is in here."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        file = Path(folder, ".lock").open("ab")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise OutputError(f'can not write to "{folder}" ({error}): name a folder as extra') from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            # Without locks work may be done twice; files are written whole, so the result is the same.
-            logger.warning('the file system of "%s" has no locks (%s)', folder, error)
-        yield
 
 
 def _build(sources: Sequence[SlideSource], spec: TileSpec, parts: list[str], stem: str) -> None:
@@ -208,15 +190,14 @@ def _tell(report: dict, path: Path) -> None:
     logger.info("%d slides with %d tiles", report["slides"], report["tiles"])
     if report["empty"]:
         logger.warning(
-            "%d slides have no tile with enough tissue and are left out, first %s",
+            "%d slides have no tile with enough tissue and are left out: %s",
             len(report["empty"]),
-            report["empty"][:_SHOWN_FAILURES],
+            some_of(report["empty"], _SHOWN_FAILURES),
         )
     if report["failed"]:
-        shown = list(report["failed"].values())[:_SHOWN_FAILURES]
         logger.warning(
-            'LEFT OUT: %d slides can not be read (delete "%s" to try them again), first: %s',
+            'LEFT OUT: %d slides can not be read (delete "%s" to try them again): %s',
             len(report["failed"]),
             path,
-            "; ".join(shown),
+            some_of(report["failed"].values(), _SHOWN_FAILURES, separator="; "),
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dinov2 import distributed
 from dinov2.configs.scaling import SCALING_RULE, scaled_lr
+from dinov2.errors import some_of
 from dinov2.train.optimizer import apply_optim_scheduler
 from dinov2.train.schedules import build_schedulers
 from dinov2.train.self_check.probe import Start, block_of, blocks_of
@@ -98,7 +99,7 @@ def _membership(rates: list[Rate]) -> Line:
     lost = [rate.name for rate in rates if rate.trains and rate.lr is None]
     values = {"parameters": len(rates), "missing": lost}
     if lost:
-        text = f"{len(lost)} parameters require a gradient but are not in the optimizer ({_first(lost)})"
+        text = f"{len(lost)} parameters require a gradient but are not in the optimizer ({some_of(lost, 3)})"
         return Line("optimizer: parameters", "wrong", text, values)
     count = sum(rate.trains for rate in rates)
     return Line("optimizer: parameters", "ok", f"all {count} trainable tensors are in it", values)
@@ -112,12 +113,12 @@ def _frozen(start: Start, rates: list[Rate]) -> Line:
     values = {"frozen": [rate.name for rate in frozen]}
     if unasked:
         text = f"{len(unasked)} parameters of the student do not train though no key says so"
-        return Line(name, "wrong", f"{text} ({_first(unasked)})", values)
+        return Line(name, "wrong", f"{text} ({some_of(unasked, 3)})", values)
     if still_moving:
         text = (
             f"train.freeze_blocks is {start.cfg.train.freeze_blocks}, but {len(still_moving)} of those train"
         )
-        return Line(name, "wrong", f"{text} ({_first(still_moving)})", values)
+        return Line(name, "wrong", f"{text} ({some_of(still_moving, 3)})", values)
     if frozen:
         text = f"{len(frozen)} of {len(rates)} tensors stay as they are, as the config says"
         return Line(name, "note", text, values)
@@ -229,7 +230,3 @@ def _table(rates: list[Rate]) -> dict[str, dict[str, list[float]]]:
 
 def _ends(rates: list[Rate]) -> list[Rate]:
     return [rates[0], rates[-1]] if len({rate.place for rate in rates}) > 1 else rates[:1]
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from dinov2.errors import some_of
 from dinov2.models.report import LoadReport
 from dinov2.train.initial_weights import fingerprint
 from dinov2.train.self_check.probe import Start
@@ -41,7 +42,7 @@ def _share(name: str, report: LoadReport) -> Line:
     values = {"share": share, "missing": missing, "source": report.source}
     absent = [key for key in missing if not key.endswith(NOT_IN_EVERY_FILE)]
     if absent or (share < 1 and not missing):
-        shown = f" (without {', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''})" if absent else ""
+        shown = f" (without {some_of(absent, 3)})" if absent else ""
         return Line(label, "wrong", f"only {share:.2%} came from {report.source}{shown}", values)
     text = f"{share:.2%} loaded" + (f"; {', '.join(missing)} not in the file" if missing else "")
     return Line(label, "ok", text, values)

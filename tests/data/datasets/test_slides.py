@@ -22,7 +22,9 @@ from PIL import Image
 from dinov2.data import SamplerType, make_data_loader, make_dataset
 from dinov2.data.dataset_string import format_dataset_string
 from dinov2.data.datasets import Slides
+from dinov2.data.datasets.path_map import PathMap
 from dinov2.data.slides import open_slide, slide_tiles
+from dinov2.data.slides.sources import slides_of_manifest
 from dinov2.errors import ConfigError, DatasetError, ImageReadError
 from tests.conftest import REPO
 from tests.data.slides.conftest import MPP, SVS, pixels, write_tiff  # noqa: F401 - a fixture
@@ -222,6 +224,51 @@ def test_labels_splits_and_resolutions_of_a_manifest(folder, tmp_path):
     assert part[0][0].size == (224, 224)
 
 
+def test_slides_that_the_manifest_leaves_out(folder, tmp_path):
+    manifest = write_csv(
+        tmp_path / "list.csv",
+        ["path", "label", "process"],
+        ["b.svs", "tumour", "1"],
+        ["a.tiff", "benign", "no"],
+        ["broken.svs", "", "0"],
+    )
+    dataset = Slides(root=str(folder), manifest=manifest, extra=str(tmp_path / "x"), mpp=MPP)
+    assert {name for name, _, _ in places(dataset)} == {"b.svs"}
+    assert dataset.classes == ["benign", "tumour"]  # the numbers do not change with what is left out
+    assert set(dataset.get_targets().tolist()) == {1}
+
+
+@pytest.mark.parametrize("how", ["train.path_map", "key"])
+def test_the_path_map_reaches_keys_and_manifest(how, folder, tmp_path):
+    here = tmp_path / "here"
+    (here / "coords").mkdir(parents=True)
+    with h5py.File(here / "coords" / "b.h5", "w") as file:
+        file["coords"] = np.array([[300, 400]])
+        file["coords"].attrs["patch_size_level0"] = 224
+    write_csv(
+        here / "list.csv", ["path", "mask"], ["/elsewhere/b.svs", "/elsewhere/m.png"], ["a.tiff", "m.png"]
+    )
+    paths = dict.fromkeys(("root", "extra"), "/recorded/x")
+    paths |= {"manifest": "/recorded/list.csv", "coords": "/recorded/coords"}
+    maps = {"/recorded": str(here), "/recorded/x": str(folder), "/elsewhere": str(folder)}
+    if how == "key":  # the key goes first, and is for what the file records
+        paths["path_map"] = f"/elsewhere={folder}"
+        maps["/elsewhere"] = "/nowhere"
+    dataset_str = format_dataset_string("Slides", **paths, mpp=MPP)
+    with pytest.raises(
+        DatasetError, match=r'coords of Slides is "/nowhere/coords".* coords=/recorded/coords -> "/nowhere'
+    ):
+        make_dataset(dataset_str=dataset_str, path_map={**maps, "/recorded/coords": "/nowhere/coords"})
+    sources, _ = slides_of_manifest(
+        str(here / "list.csv"), root=str(folder), path_map=PathMap.of(paths.get("path_map", maps))
+    )
+    assert [source.path for source in sources] == [str(folder / "b.svs"), str(folder / "a.tiff")]
+    assert {source.mask for source in sources} == {str(folder / "m.png")}
+    dataset = make_dataset(dataset_str=dataset_str, path_map=maps)
+    assert places(dataset) == [("b.svs", 300, 400)]
+    assert dataset.locate(0)[0].path == str(folder / "b.svs")
+
+
 def test_masks_of_a_manifest(folder, tmp_path):
     mask = np.zeros((30, 22), np.uint8)
     mask[:, :5] = 255
@@ -370,11 +417,14 @@ def test_mistakes(options, error, message, folder, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([["file"], ["b.svs"]], "slide 1 of the manifest .* has no path"),
+        ([["file"], ["b.svs"]], r"has the columns \['file'\]; path is needed"),
         ([["path", "lable"], ["b.svs", "1"]], 'column "lable" \\(did you mean "label"'),
-        ([["path", "label"], ["b.svs", ""]], "has no label"),
-        ([["path", "mpp"], ["b.svs", "40x"]], 'has the mpp "40x"'),
-        ([["path"]], "lists no slide"),
+        ([["path", "mpp"], ["b.svs", ""], ["", "1"]], "line 3 of .* has no path"),
+        ([["path", "label"], ["b.svs", ""]], "line 2 of .* has no label"),
+        ([["path", "mpp"], ["b.svs", "40x"]], 'line 2 of .* has "40x" below mpp'),
+        ([["path"]], "lists no slide: add"),
+        ([["path", "process"], ["b.svs", "0"]], "lists no slide but the 1 with 0 in the column process"),
+        ([["path", "process"], ["b.svs", "x"]], 'has "x" below process; 1 or 0'),
     ],
 )
 def test_mistakes_in_a_manifest(rows, message, tmp_path):

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from dinov2.data.datasets.tile_index import IndexFiles
+from dinov2.data.indexing import build as build_module
 from dinov2.data.indexing import progress as progress_module
 from dinov2.data.indexing.build import build_index
 from dinov2.data.indexing.journal import HEADER
 from dinov2.data.indexing.progress import BuildProgress
+from dinov2.data.locks import LockFile
 from dinov2.errors import ConfigError, DatasetError, OutputError
 
 
@@ -161,7 +163,7 @@ def test_verification(tmp_path, encoded, tiles):
     found = reasons(tmp_path)
     assert found["s/s_patch_10.jpeg"] == "the file is empty"
     assert found["s/s_patch_11.jpeg"] == "the file is no image that Pillow knows"
-    assert found["s/s_patch_12.jpeg"].startswith("the image is damaged (image file is truncated")
+    assert found["s/s_patch_12.jpeg"].startswith("the image is damaged (cut off: ")
     assert build(tree, tmp_path, verify="header").reused == 1, "it was looked at more closely before"
 
 
@@ -267,6 +269,34 @@ def test_two_builders_at_once(tmp_path, encoded):
         assert outcome == "600" or "OutputError: another process builds this index (process " in outcome
     build(tree, tmp_path / "whole", verify="decode")
     assert content(extra) == content(tmp_path / "whole")
+
+
+def test_who_builds_already_is_named_and_keeps_its_lock(tree, tmp_path):
+    path = tmp_path / "builder-TRAIN.lock"
+    held = LockFile(path)
+    assert held.acquire()
+    with pytest.raises(OutputError) as caught:
+        build(tree, tmp_path)
+    assert str(caught.value).startswith(f"another process builds this index (process {os.getpid()} on ")
+    assert f'; its lock is "{path}"): wait until it is done, or delete the lock' in str(caught.value)
+    assert held.owned()
+    assert not (tmp_path / "entries-TRAIN.npy").exists()
+
+
+def test_a_builder_that_has_lost_its_lock_stops(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr("dinov2.data.locks.RENEW_SECONDS", 0.0)
+    path = tmp_path / "builder-TRAIN.lock"
+    real = build_module.list_slide
+
+    def losing(*arguments):
+        path.write_text("{}")
+        return real(*arguments)
+
+    monkeypatch.setattr(build_module, "list_slide", losing)
+    with pytest.raises(OutputError, match=f'the lock "{path}" was deleted or taken by another builder'):
+        build(tree, tmp_path, workers=0)
+    assert path.read_text() == "{}"
+    assert not (tmp_path / "entries-TRAIN.npy").exists()
 
 
 def test_writers_at_the_same_time(tree, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dinov2.data.datasets.path_map import PathMap
 from dinov2.data.slides.slide_list import SlideEntry, list_slides
 from dinov2.errors import DatasetError
 
@@ -28,8 +29,8 @@ def test_folder_pattern_and_file(folder):
 def test_table(folder):
     table = folder / "slides.csv"
     table.write_text(
-        "\ufeffslide,path,mpp,mask,process,stain\n"
-        f"first,sub/c.NDPI,0.25,m/c.png,1,HE\n,{folder}/b.svs,,,0,\n,a.tiff,,,,\n",
+        "\ufeffslide, Path,mpp,mask,process,site,label,split\n"
+        f"first,sub/c.NDPI,0.25,m/c.png,1,HE,tumour,train\n\n,{folder}/b.svs,,,0,,,\n,a.tiff,,,,\n",
         "utf-8",
     )
     assert list_slides(str(table)) == [
@@ -44,6 +45,28 @@ def test_the_column_slide_alone_is_the_path(folder):
     assert list_slides(str(folder / "slides.csv")) == [SlideEntry("c", str(folder / "sub/c.NDPI"))]
 
 
+def test_recorded_folders_are_mapped(folder):
+    (folder / "slides.csv").write_text("path,mask\n/old/sub/c.NDPI,/old/c.png\n/other/b.svs,\nrel.svs,\n")
+    entries = list_slides(str(folder / "slides.csv"), path_map=PathMap.parse(f"/old={folder}"))
+    assert [(entry.path, entry.mask) for entry in entries] == [
+        ("/other/b.svs", None),
+        (str(folder / "sub/c.NDPI"), str(folder / "c.png")),
+        (str(folder / "rel.svs"), None),
+    ]
+
+
+def test_lines_are_counted_as_editors_do(tmp_path):
+    (tmp_path / "slides.csv").write_text('path,mpp,note\na.svs,,"two\nlines"\n\nb.svs,x,\n')
+    with pytest.raises(DatasetError, match='line 5 of .* has "x" below mpp'):
+        list_slides(str(tmp_path / "slides.csv"))
+
+
+def test_a_table_in_another_encoding(tmp_path):
+    (tmp_path / "slides.csv").write_bytes("path\nm\u00fcller.svs\n".encode("latin-1"))
+    with pytest.raises(DatasetError, match="is no CSV file in UTF-8"):
+        list_slides(str(tmp_path / "slides.csv"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -52,7 +75,7 @@ def test_the_column_slide_alone_is_the_path(folder):
         ("path,mpp\nx.svs,fine\n", 'line 2 of .* has "fine" below mpp'),
         ("path,process\nx.svs,maybe\n", 'has "maybe" below process; 1 or 0'),
         ("path,mpp\nx.svs,\n,0.5\n", "line 3 of .* has no path"),
-        ("path,slide\nx.svs,a/b\n", 'names the slide "a/b"'),
+        ("path,slide\nx.svs,a/b\n", 'line 2 of .* has "a/b" below slide'),
         ("path\n", "there is no slide in"),
     ],
 )

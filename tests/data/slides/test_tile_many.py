@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dinov2.data.locks import LockFile
 from dinov2.data.slides import tile
-from dinov2.data.slides.locks import SlideLock
 from dinov2.data.slides.output_folder import OutputFolder
 from dinov2.data.slides.recipe import TilingRecipe
 from dinov2.data.slides.slide_list import SlideEntry, list_slides
@@ -231,7 +231,7 @@ def test_two_runs_share_a_list(folder, finished, tmp_path):
 
 
 def test_a_slide_in_work_elsewhere_is_left_alone(folder, tmp_path):
-    lock = SlideLock(OutputFolder(str(tmp_path)).lock_path("first"))
+    lock = LockFile(OutputFolder(str(tmp_path)).lock_path("first"))
     assert lock.acquire()
     records, _ = run(tmp_path, list_slides(str(folder))[:2])
     assert records["first"] == {
@@ -246,8 +246,9 @@ def test_a_slide_in_work_elsewhere_is_left_alone(folder, tmp_path):
 def test_the_command(folder, tmp_path, capsys):
     (tmp_path / "text.svs").write_text("no slide")
     table = tmp_path / "slides.csv"
-    table.write_text(f"path,slide,process\n{folder}/second.tiff,good,1\ntext.svs,bad,1\n")
+    table.write_text("path,slide,process,label\n/recorded/second.tiff,good,1,a\ntext.svs,bad,1,\n")
     arguments = ["--slides", str(table), "--output", str(tmp_path / "out"), "--max-tiles", "3"]
+    arguments += ["--path-map", f"/recorded={folder}"]
     with pytest.raises(SystemExit) as ended:
         tile.main([*arguments, "--dry-run"])
     assert ended.value.code == 1
