@@ -15,7 +15,7 @@ from dinov2.data.loader_errors import WatchedLoader
 from dinov2.data.unreadable import CollateDraws, Draw, read_or_replace, replacement
 from dinov2.data.workers import seed_worker, worker_options
 from dinov2.utils.device import resolve_device
-from dinov2.utils.seeding import seed_everything
+from dinov2.utils.seeding import seed_cpu
 
 
 def no_target(_: Any) -> tuple:
@@ -51,7 +51,7 @@ class ReproducibleSamples(Dataset):
         position, index = key
 
         def read(index: int) -> Any:
-            seed_everything(self.seed, self.rank, position)
+            seed_cpu(self.seed, self.rank, position)
             return self.dataset[index]
 
         def replace(attempt: int) -> int:

@@ -2,12 +2,14 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torchvision.transforms import functional as ops
 
 from dinov2.data import DataAugmentationDINO, MaskingGenerator, collate_data_and_cast
 from dinov2.data.device_crops import finish_batch, finish_sample
+from dinov2.data.fast_crops import to_tensor
 from dinov2.errors import ConfigError, ImageReadError
 
 SCALES = ((0.32, 1.0), (0.05, 0.32))
@@ -68,6 +70,16 @@ def test_steps_of_probability_0_draw_nothing(tiles, pipeline):
     other = make(pipeline, hed_jitter=0.3, hed_jitter_prob=0.0, quarter_turn_prob=0.0)
     for one, same in zip(crops_of(plain, tiles[0], 3), crops_of(other, tiles[0], 3), strict=True):
         assert torch.equal(one, same)
+
+
+def test_to_tensor_gives_the_pixels_as_they_lie_in_memory_of_its_own(tiles, recwarn):
+    image = tiles[0].copy()
+    pixels = to_tensor(image)
+    assert torch.equal(pixels[0], ops.pil_to_tensor(image))
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+    pixels.fill_(7)
+    assert np.array_equal(np.asarray(image), np.asarray(tiles[0]))
+    assert not recwarn.list  # torch warns where it gets memory that must not be written
 
 
 def test_layout_of_the_device_pipeline(tiles):

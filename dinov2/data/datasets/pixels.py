@@ -12,7 +12,7 @@ MIN_IS_WHITE, PLANES_APART = 0, 2
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a loaded image as RGB with 8 bits per channel.
+    """Return a loaded image as RGB with 8 bits per channel; a JPEG that is so already is returned itself.
 
     Transparent pixels are laid over white, the background of slides. 16-bit values keep their upper byte, so
     that 0..65535 becomes 0..255. CMYK becomes RGB by the plain formula ``(255 - ink)(255 - black) / 255``.
@@ -33,7 +33,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return ImageChops.invert(image).convert("RGB")
     if image.mode != "RGB" or "transparency" in image.info:
         return _over_white(image) if image.has_transparency_data else image.convert("RGB")
-    return image.convert("RGB")
+    # Other formats may keep their file for further pages.
+    return image if image.format == "JPEG" else image.convert("RGB")
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

@@ -491,3 +491,17 @@ def test_the_error_survives_pickling_and_takes_a_place_of_its_own():
     told = error_of(Files(["/data/other"], fails=error))
     assert str(told) == "can not read image for sample 0 (slide.svs at (512, 1024)): bad strip"
     assert told.path == error.path
+
+
+@pytest.mark.parametrize("name", ["jpeg", "jpeg 444", "progressive", "restarts"])
+def test_a_decoded_jpeg_may_be_pickled_changed_and_read_again(tile, name):
+    """It is handed on without a copy, so it has to stand for one."""
+    fmt, options = FORMATS[name]
+    data = encode(tile, fmt, **options)
+    wanted = np.asarray(plain_decode(data))
+    decoded = ImageDataDecoder(data).decode()
+    assert np.array_equal(np.asarray(pickle.loads(pickle.dumps(decoded))), wanted)
+    decoded.load()
+    decoded.paste("black", (0, 0, SIDE, 10))
+    assert np.array_equal(np.asarray(decoded.crop((0, 10, SIDE, SIDE))), wanted[10:])
+    assert np.array_equal(decode(data), wanted)
