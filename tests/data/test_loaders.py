@@ -1,5 +1,6 @@
 """From dataset strings to batches, and every way of getting them wrong."""
 
+import inspect
 import itertools
 import logging
 import pickle
@@ -17,6 +18,7 @@ from dinov2.data.loaders import DATASETS, SamplerType, make_data_loader, make_da
 from dinov2.data.masking import MaskingGenerator
 from dinov2.data.samplers import EpochSampler
 from dinov2.errors import ConfigError, DatasetError
+from tests.conftest import REPO
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -291,3 +293,14 @@ def test_the_distributed_order_of_a_large_dataset_is_pytorchs(count, world, monk
             orders[limit] = type(loader.sampler), list(loader.sampler), len(loader.sampler)
         assert [orders[limit][0] for limit in (100, 0)] == [DistributedSampler, EpochSampler]
         assert orders[100][1:] == orders[0][1:]
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_dataset_is_documented_with_its_keys(name):
+    documents = [
+        (REPO / "docs" / f"{page}.md").read_text("utf-8")
+        for page in ("datasets", "slides", "shards_and_mixtures")
+    ]
+    keys = set(inspect.signature(DATASETS[name]).parameters) - {"transforms", "transform", "target_transform"}
+    undocumented = {key for key in keys if not any(f"`{key}`" in text for text in documents)}
+    assert f"`{name}`" in documents[0] and undocumented <= {"mmap_cache_size"}
