@@ -164,6 +164,7 @@ class Pathology(ExtendedVisionDataset):
         """Sorted names in every patches folder, as recorded with the index or else as listed now, once."""
         if self._slides is None:
             recorded = read_slide_names(self._files, self._entries.get())
+            self._entries.require_unchanged()  # or the names may be those of the next index
             if recorded is None:
                 listed = [sorted(os.listdir(folder)) for folder in self._folders]  # noqa: PTH208
                 recorded = [SlideNames(PackedStrings(names)) for names in listed]
