@@ -54,9 +54,7 @@ def test_a_copy_of_an_index_refuses_another_file(tmp_path):
     passed_on = pickle.dumps(pickle.loads(pickle.dumps(original)))
     save_array(path, np.arange(3, 6))
     for late in (pickle.loads(pickle.dumps(original)), pickle.loads(passed_on)):
-        with pytest.raises(
-            DatasetError, match=r"a\.npy\" was rebuilt since .*: start again$"
-        ):
+        with pytest.raises(DatasetError, match=r"a\.npy\" was rebuilt since .*: start again$"):
             late.get()
     assert original.get().tolist() == [0, 1, 2]
     assert pickle.loads(unused).get().tolist() == [3, 4, 5]
