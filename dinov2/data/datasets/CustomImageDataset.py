@@ -61,6 +61,11 @@ class CustomImageDataset(ExtendedVisionDataset):
             logger.warning("test_size and random_state have no effect; use a column split in %s", extra)
         self._csv_path = extra
         header, rows = _read_rows(extra)
+        if not rows:
+            holds = f"only the line {','.join(header)}" if header else "nothing"
+            raise DatasetError(
+                f'"{extra}" holds {holds}: give it a header line, such as path, and one image a line below it'
+            )
         labels, self.classes = _number_labels(_column(header, rows, "label"), extra)
         keep = _lines_of_split(_column(header, rows, "split"), split, extra, len(rows))
         self.path_map = PathMap.of(path_map)
