@@ -154,11 +154,10 @@ class Pathology(ExtendedVisionDataset):
         self._slides = None
         # The forks' rule of thumb: 100 epochs on four processes with 128 images are one pass, in steps of 50.
         suggestion = math.ceil(report.tiles // (128 * 4 * 100) / 50) * 50
-        logger.info(
-            "%d tiles; the forks would suggest train.OFFICIAL_EPOCH_LENGTH=%d",
-            report.tiles,
-            max(suggestion, 1),
-        )
+        if suggestion:
+            logger.info(
+                "for this number of tiles the forks would suggest train.OFFICIAL_EPOCH_LENGTH=%d", suggestion
+            )
         return report
 
     def _slide_names(self) -> list[SlideNames]:
