@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 
 from dinov2.errors import DataLoadingError, UserError
 
+WORKERS = "the data loading processes"
+THIS_PROCESS = "this process"
 END_SECONDS = 5.0  # for a killed worker to be gone
 
 MANY_FILES = (
@@ -64,7 +66,7 @@ def lacking_resource(error: BaseException) -> str:
     return LACKING.get(error.errno, "") if isinstance(error, OSError) else ""
 
 
-def translate(error: Exception, workers: str = "") -> UserError | None:
+def translate(error: Exception, workers: str = "", *, subject: str = WORKERS) -> UserError | None:
     """Return the sentence for an error of a loader, None if the error is none of a loader's.
 
     An error of ours that a worker has passed on comes with the worker's traceback in its text; it is returned
@@ -73,6 +75,7 @@ def translate(error: Exception, workers: str = "") -> UserError | None:
     Args:
         error: what was raised.
         workers: the state of the worker processes, for the sentence about those that do not answer.
+        subject: what ran when the machine had no more of something.
     """
     text = str(error)
     if isinstance(error, UserError):
@@ -90,10 +93,17 @@ def translate(error: Exception, workers: str = "") -> UserError | None:
         )
     if _NO_ROOM.search(text):
         return DataLoadingError(NO_SHARED_MEMORY)
-    if _HANDLES.search(text):
-        return DataLoadingError(MANY_FILES)
     advice = lacking_resource(error)
-    return DataLoadingError(f"the data loading processes can not go on: {advice}") if advice else None
+    if advice:
+        return DataLoadingError(f"{subject} can not go on{_object_of(error)}: {advice}")
+    return DataLoadingError(MANY_FILES) if _HANDLES.search(text) else None
+
+
+def _object_of(error: Exception) -> str:
+    """Say, in brackets, which file it was or how much memory, if the error knows."""
+    known = error.filename if isinstance(error, OSError) else str(error)
+    # What a worker has passed on is its whole traceback.
+    return f" ({known})" if known and "\n" not in str(known) else ""
 
 
 def _death(dead: re.Match) -> str:
@@ -119,15 +129,20 @@ def _without_traceback(error: UserError) -> UserError:
 
 
 @contextmanager
-def explained(workers: "_Workers | None" = None) -> Iterator[None]:
+def explained(workers: "_Workers | None" = None, *, subject: str = THIS_PROCESS) -> Iterator[None]:
     """Turn what befalls workers inside the block into :class:`DataLoadingError`; also serves as a decorator.
 
+    Memory and file handles may also run out in what this process does itself, such as saving a checkpoint.
     Other errors, and the end of an iteration, pass as they are.
+
+    Args:
+        workers: to end after a failure.
+        subject: what does the work of the block.
     """
     try:
         yield
     except (UserError, RuntimeError, OSError, MemoryError) as error:
-        translated = translate(error, workers.describe() if workers else "")
+        translated = translate(error, workers.describe() if workers else "", subject=subject)
         if translated is None:
             raise
         if workers and isinstance(translated, DataLoadingError):
@@ -143,7 +158,7 @@ class WatchedLoader(DataLoader):
     """
 
     def __iter__(self) -> Iterator[Any]:
-        with explained():
+        with explained(subject=WORKERS if self.num_workers else THIS_PROCESS):
             return _WatchedIterator(super().__iter__())
 
 
@@ -159,7 +174,7 @@ class _WatchedIterator:
         return len(self._batches)
 
     def __next__(self) -> Any:
-        with explained(self._workers):
+        with explained(self._workers, subject=self._workers.subject):
             return next(self._batches)
 
 
@@ -169,6 +184,11 @@ class _Workers:
     def __init__(self, batches: Any) -> None:
         self._batches = batches
         self._processes = list(getattr(batches, "_workers", ()))
+
+    @property
+    def subject(self) -> str:
+        """Who reads."""
+        return WORKERS if self._processes else THIS_PROCESS
 
     def describe(self) -> str:
         """Return each process with its state, and which one the next batch is due from."""

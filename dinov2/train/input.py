@@ -14,6 +14,7 @@ from dinov2.data.data_order import DataOrder
 from dinov2.data.loader_errors import WatchedLoader
 from dinov2.data.unreadable import CollateDraws, Draw, read_or_replace, replacement
 from dinov2.data.workers import seed_worker, worker_options
+from dinov2.errors import DatasetError
 from dinov2.utils.device import resolve_device
 from dinov2.utils.seeding import seed_cpu
 
@@ -96,6 +97,22 @@ def build_dataset(cfg: DictConfig, *, augmentation: Callable[[Any], Any] | None 
         target_transform=no_target,
         path_map=cfg.train.path_map,
     )
+
+
+def require_same_length(dataset: Dataset) -> None:
+    """Compare the number of samples over all processes, which divide the samples among them by it.
+
+    Raises:
+        DatasetError: it differs; in every process.
+    """
+    lengths = distributed.all_gather_objects(len(dataset))
+    other = next((rank for rank, length in enumerate(lengths) if length != lengths[0]), None)
+    if other is not None:
+        raise DatasetError(
+            f"the training set has {lengths[0]} samples in process 0 and {lengths[other]} in process {other}"
+            ": see that every machine has the same files and the same index, and start again once nothing "
+            "changes them any more"
+        )
 
 
 def build_collate(cfg: DictConfig, dtype: torch.dtype = torch.float32) -> partial:

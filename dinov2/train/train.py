@@ -37,7 +37,7 @@ from dinov2.train.arguments import get_args_parser
 from dinov2.train.export import export_networks
 from dinov2.train.freezing import BackboneStart
 from dinov2.train.initialization import settle_config, write_reports
-from dinov2.train.input import build_data_loader, build_dataset, find_order
+from dinov2.train.input import build_data_loader, build_dataset, find_order, require_same_length
 from dinov2.train.optimizer import (
     apply_optim_scheduler,
     average_gradients,
@@ -177,11 +177,13 @@ def do_train(
     Raises:
         NonFiniteLossError: naming iteration and losses; the last checkpoint is intact.
         SelfCheckError: the run would not do what its config says (``train.self_check`` stop).
+        DatasetError: the processes see datasets of different lengths.
         UnreadableImagesError: more images than ``train.max_bad_fraction`` are unreadable.
         DataLoadingError: a data loading process died or gave nothing for ``train.worker_timeout`` seconds.
     """
     model.train()
     dataset = build_dataset(cfg) if dataset is None else dataset
+    require_same_length(dataset)
     settle_run_length(cfg, len(dataset), distributed.get_global_size())
     write_config(cfg, cfg.train.output_dir)
     optimizer = build_optimizer(cfg, model.get_params_groups())

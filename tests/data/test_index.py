@@ -1,6 +1,8 @@
 """The command that builds the index of a tile tree."""
 
+import re
 import runpy
+import subprocess
 import sys
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from dinov2.data import index
 from dinov2.errors import ConfigError, DatasetError
+from tests.conftest import REPO
 
 
 def test_main(tile_tree):
@@ -42,6 +45,22 @@ def test_patches_writes_an_entry_csv_and_never_replaces_one(tile_tree, capsys):
     assert (tile_tree / "extra" / "entry.csv").read_bytes() == before
     with pytest.raises(DatasetError, match="--patches of Pathology is .* no folder"):
         index.main(["--patches", str(tile_tree / "none"), "--extra", str(tile_tree / "other")])
+
+
+def test_the_whole_output(tile_tree):
+    """On a terminal log and result stand below each other: nothing is said twice."""
+    (tile_tree / "patches" / "slide_a" / "Thumbs.db").touch()
+    command = [sys.executable, str(REPO / "scripts" / "build_index.py"), "--extra", str(tile_tree)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240, check=True
+    )
+    skipped, result = done.stdout.splitlines()
+    assert skipped == (
+        "left out, as 1 file is no tile (1: the name is not <slide>_patch_<number>(.jpeg|.jpg|.png)); "
+        f'see "{tile_tree}/skipped-TRAIN.csv"'
+    )
+    expected = r": 8 tiles of 3 slides in [\d.]+ s \(3 slides listed, 0 unchanged; 1 file left out\)"
+    assert re.fullmatch(re.escape(str(tile_tree)) + expected, result)
 
 
 def test_path_map_on_the_command_line(tile_tree):

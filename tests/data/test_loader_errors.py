@@ -2,16 +2,18 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
-from dinov2.data.loader_errors import WatchedLoader, explained, lacking_resource, translate
+from dinov2.data.loader_errors import NO_MEMORY, WatchedLoader, explained, lacking_resource, translate
 from dinov2.data.workers import worker_options
 from dinov2.errors import ConfigError, DataLoadingError, DatasetError, ImageReadError
 from tests.conftest import REPO
@@ -202,6 +204,41 @@ def test_memory_and_file_handles(workers):
     assert "ulimit -n" in failure_of(
         loader(fail, DataLoadingError("x: raise the limit (ulimit -n)"), workers)
     )
+
+
+def too_many_handles(path):
+    """Open a file with the system's limit reached."""
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with path.open("rb") as file:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 1, hard))
+        try:
+            path.open("rb").close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_what_this_process_does_itself_is_not_blamed_on_the_workers(tmp_path):
+    """Such as saving a checkpoint, while the loader's workers are well."""
+    (tmp_path / "model.pth").write_bytes(b"x")
+
+    @explained()
+    def train(save, argument):
+        for _ in loader(workers=1):
+            save(argument)
+
+    with pytest.raises(DataLoadingError) as caught:
+        train(too_many_handles, tmp_path / "model.pth")
+    assert str(caught.value).startswith(f"this process can not go on ({tmp_path}/model.pth): too many files")
+    with pytest.raises(DataLoadingError, match=r"^this process can not go on \(Unable to .*: memory has run"):
+        train(np.empty, 1 << 58)
+
+
+@pytest.mark.parametrize(
+    ("workers", "subject"), [(0, "this process"), (1, "the data loading processes")], ids=["here", "worker"]
+)
+def test_memory_that_a_loader_lacks(workers, subject):
+    text = failure_of(loader(fail, MemoryError("1 TiB"), workers))
+    assert text == f"{subject} can not go on{'' if workers else ' (1 TiB)'}: {NO_MEMORY}"
 
 
 HANDLES = """

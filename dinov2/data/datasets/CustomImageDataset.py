@@ -9,6 +9,7 @@ import numpy as np
 
 from dinov2.data.datasets.arrays import PackedStrings
 from dinov2.data.datasets.class_numbers import class_numbers
+from dinov2.data.datasets.csv_text import csv_lines
 from dinov2.data.datasets.extended import ExtendedVisionDataset
 from dinov2.data.datasets.image_folder import IMAGE_SUFFIXES
 from dinov2.data.datasets.path_map import PathMap, mapped_from
@@ -60,6 +61,11 @@ class CustomImageDataset(ExtendedVisionDataset):
             logger.warning("test_size and random_state have no effect; use a column split in %s", extra)
         self._csv_path = extra
         header, rows = _read_rows(extra)
+        if not rows:
+            holds = f"only the line {','.join(header)}" if header else "nothing"
+            raise DatasetError(
+                f'"{extra}" holds {holds}: give it a header line, such as path, and one image a line below it'
+            )
         labels, self.classes = _number_labels(_column(header, rows, "label"), extra)
         keep = _lines_of_split(_column(header, rows, "split"), split, extra, len(rows))
         self.path_map = PathMap.of(path_map)
@@ -101,11 +107,8 @@ class CustomImageDataset(ExtendedVisionDataset):
 
 def _read_rows(path: str) -> tuple[list[str], list[list[str]]]:
     """Return the header (lower case) and the other lines that are not blank."""
-    try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file) if row and row[0].strip()]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f'"{path}" is no CSV file in UTF-8 ({error})') from error
+    with csv_lines(path) as lines:
+        rows = [row for row in csv.reader(lines) if row and row[0].strip()]
     if rows and rows[0][0].lower().endswith(IMAGE_SUFFIXES):
         logger.warning('"%s" has no header line; its first line is taken as an image', path)
         return [], rows

@@ -18,6 +18,8 @@ from dinov2.errors import DatasetError, OutputError
 class IndexArray:
     """An ``.npy`` file, memory-mapped at first use and again in every process that gets a copy.
 
+    A copy refuses a file that was replaced after the original had been mapped: its rows mean something else.
+
     Args:
         path: the file.
         how_to_build: end of the sentence that is shown when it is missing.
@@ -29,6 +31,7 @@ class IndexArray:
         self._how_to_build = how_to_build
         self._fields = fields
         self._array: np.ndarray | None = None
+        self._mapped: tuple[int, int, int] | None = None  # which file it is, travels with the copies
 
     def __getstate__(self) -> dict:
         # A memory map would be pickled as its whole content.
@@ -38,11 +41,32 @@ class IndexArray:
         """Return the array.
 
         Raises:
-            DatasetError: the file is missing, empty, of another kind, or lacks a column.
+            DatasetError: the file is missing, empty, of another kind, lacks a column, or is not the one that
+                was mapped before.
         """
         if self._array is None:
-            self._array = self._load()
+            found = self._identity()
+            array = self._load()
+            self._mapped = self._mapped or found
+            self.require_unchanged()
+            self._array = array
         return self._array
+
+    def require_unchanged(self) -> None:
+        """Compare the file on disk with the one that was mapped.
+
+        Raises:
+            DatasetError: it is another one, or has been written to.
+        """
+        if self._identity() != self._mapped:
+            raise DatasetError(f'the index "{self.path}" was rebuilt since this run opened it: start again')
+
+    def _identity(self) -> tuple[int, int, int] | None:
+        try:
+            status = Path(self.path).stat()
+        except OSError:  # loading it finds the words
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
     def _load(self) -> np.ndarray:
         try:
@@ -65,7 +89,7 @@ class IndexArray:
 
     def drop(self) -> None:
         """Forget the mapped content, because the file has been written anew."""
-        self._array = None
+        self._array = self._mapped = None
 
 
 class PackedStrings:

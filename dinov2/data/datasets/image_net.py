@@ -10,6 +10,7 @@ import numpy as np
 
 from dinov2.data.datasets.arrays import IndexArray, save_array
 from dinov2.data.datasets.checks import existing_folder, member_of
+from dinov2.data.datasets.csv_text import csv_lines
 from dinov2.data.datasets.extended import ExtendedVisionDataset
 from dinov2.errors import DatasetError
 
@@ -162,8 +163,8 @@ class ImageNet(ExtendedVisionDataset):
         path = Path(self.root, "labels.txt")
         if not path.is_file():
             raise DatasetError(f'ImageNet needs "{path}" with lines class_id,class_name to name its classes')
-        with path.open(encoding="utf-8", newline="") as file:
-            return {row[0]: row[1] for row in csv.reader(file) if len(row) > 1}
+        with csv_lines(path) as lines:
+            return {row[0]: row[1] for row in csv.reader(lines) if len(row) > 1}
 
 
 def _number_of(path: Path) -> int:

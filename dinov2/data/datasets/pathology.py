@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dinov2.data.datasets.arrays import IndexArray, PackedStrings
 from dinov2.data.datasets.checks import existing_folder, member_of
+from dinov2.data.datasets.csv_text import csv_lines
 from dinov2.data.datasets.extended import ExtendedVisionDataset
 from dinov2.data.datasets.path_map import SSHID_PATH_MAPS, PathMap
 from dinov2.data.datasets.tile_index import ENTRY_DTYPE, IndexFiles, SlideNames, read_slide_names
@@ -153,17 +154,17 @@ class Pathology(ExtendedVisionDataset):
         self._slides = None
         # The forks' rule of thumb: 100 epochs on four processes with 128 images are one pass, in steps of 50.
         suggestion = math.ceil(report.tiles // (128 * 4 * 100) / 50) * 50
-        logger.info(
-            "%d tiles; the forks would suggest train.OFFICIAL_EPOCH_LENGTH=%d",
-            report.tiles,
-            max(suggestion, 1),
-        )
+        if suggestion:
+            logger.info(
+                "for this number of tiles the forks would suggest train.OFFICIAL_EPOCH_LENGTH=%d", suggestion
+            )
         return report
 
     def _slide_names(self) -> list[SlideNames]:
         """Sorted names in every patches folder, as recorded with the index or else as listed now, once."""
         if self._slides is None:
             recorded = read_slide_names(self._files, self._entries.get())
+            self._entries.require_unchanged()  # or the names may be those of the next index
             if recorded is None:
                 listed = [sorted(os.listdir(folder)) for folder in self._folders]  # noqa: PTH208
                 recorded = [SlideNames(PackedStrings(names)) for names in listed]
@@ -180,15 +181,15 @@ def read_entry_csv(path: Path) -> list[str]:
     """Return the patches folders that an ``entry.csv`` names.
 
     Raises:
-        DatasetError: it is missing, lacks the column, or a line of it is empty.
+        DatasetError: it is missing, no CSV file, lacks the column, or a line of it is empty.
     """
     if not path.is_file():
         raise DatasetError(
             f'Pathology needs "{path}", which is missing: write a CSV file with the column {CSV_COLUMN} and '
             "one patches folder a line"
         )
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file)
+    with csv_lines(path, errors="surrogateescape") as lines:
+        reader = csv.DictReader(lines)
         if CSV_COLUMN not in (reader.fieldnames or []):
             raise DatasetError(f'"{path}" has the columns {reader.fieldnames}, but {CSV_COLUMN} is needed')
         # The index names a folder by its line, so no line may be passed over.

@@ -51,10 +51,14 @@ class BuildReport:
     def summary(self) -> str:
         """Return it in one sentence."""
         return (
-            f"{self.tiles:,} tiles of {self.slides:,} slides in {self.seconds:.1f} s "
-            f"({self.listed:,} slides listed, {self.reused:,} unchanged; {self.skipped.total():,} files "
-            "left out)"
+            f"{_count(self.tiles, 'tile')} of {_count(self.slides, 'slide')} in {self.seconds:.1f} s "
+            f"({_count(self.listed, 'slide')} listed, {self.reused:,} unchanged; "
+            f"{_count(self.skipped.total(), 'file')} left out)"
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def build_index(
@@ -98,7 +102,7 @@ def build_index(
         _write(folders, slides, records, files, report)
         journal.compact(records.values(), len(records))
     report.seconds = time.monotonic() - start
-    _log(report, files)
+    _log_skipped(report, files)
     return report
 
 
@@ -221,15 +225,15 @@ def _no_tiles(folders: list[str], records: Records, files: IndexFiles) -> str:
     )
 
 
-def _log(report: BuildReport, files: IndexFiles) -> None:
-    if report.skipped:
+def _log_skipped(report: BuildReport, files: IndexFiles) -> None:
+    total = report.skipped.total()
+    if total:
         reasons = ", ".join(
             f"{count:,}: {reason}" for reason, count in report.skipped.most_common(REASONS_SHOWN)
         )
         logger.warning(
-            '%s files are no tiles and were left out (%s); "%s" lists them',
-            f"{report.skipped.total():,}",
+            'left out, as %s (%s); see "%s"',
+            "1 file is no tile" if total == 1 else f"{total:,} files are no tiles",
             reasons,
             files.skipped,
         )
-    logger.info("%s", report.summary())

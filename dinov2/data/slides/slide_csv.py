@@ -4,6 +4,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+from dinov2.data.datasets.csv_text import csv_lines
 from dinov2.data.datasets.path_map import PathMap
 from dinov2.errors import DatasetError, nearest
 
@@ -58,17 +59,14 @@ def read_slide_csv(
     table, path_map = Path(path), path_map or PathMap()
     if not table.is_file():
         raise DatasetError(f'the table of slides "{path}" is missing: give a CSV with the column path')
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True, restval="")
-            columns = [name.strip().lower() for name in reader.fieldnames or ()]
-            _check_columns(columns, table)
-            reader.fieldnames = columns
-            rows = []
-            for row in reader:
-                rows.append((reader.line_num, {name: row.get(name, "").strip() for name in COLUMNS}))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f'"{path}" is no CSV file in UTF-8 ({error}): save it as one') from error
+    with csv_lines(table) as lines:
+        reader = csv.DictReader(lines, skipinitialspace=True, restval="")
+        columns = [name.strip().lower() for name in reader.fieldnames or ()]
+        _check_columns(columns, table)
+        reader.fieldnames = columns
+        rows = []
+        for row in reader:
+            rows.append((reader.line_num, {name: row.get(name, "").strip() for name in COLUMNS}))
     # Absolute, because what is found once is used from other working directories.
     folder = Path(root or table.parent).absolute()
     return columns, [_line_of(number, cells, table, folder, path_map) for number, cells in rows]

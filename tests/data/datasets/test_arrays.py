@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinov2.data.datasets.arrays import PackedStrings, atomic_file, save_array
+from dinov2.data.datasets.arrays import IndexArray, PackedStrings, atomic_file, save_array
+from dinov2.errors import DatasetError
 
 
 @settings(max_examples=60, deadline=None)
@@ -39,3 +40,23 @@ def test_atomic_file(tmp_path):
 def test_save_array(tmp_path):
     save_array(str(tmp_path / "a.npy"), np.arange(3))
     assert np.load(tmp_path / "a.npy").tolist() == [0, 1, 2]
+
+
+def test_a_copy_of_an_index_refuses_another_file(tmp_path):
+    """What a worker gets that is started after the index was built again, under the same name and size."""
+    path = str(tmp_path / "a.npy")
+    save_array(path, np.arange(3))
+    unused = pickle.dumps(IndexArray(path, ""))
+    original = IndexArray(path, "")
+    assert original.get().tolist() == [0, 1, 2]
+    copy = pickle.loads(pickle.dumps(original))
+    assert copy.get().tolist() == [0, 1, 2]
+    passed_on = pickle.dumps(pickle.loads(pickle.dumps(original)))
+    save_array(path, np.arange(3, 6))
+    for late in (pickle.loads(pickle.dumps(original)), pickle.loads(passed_on)):
+        with pytest.raises(DatasetError, match=r"a\.npy\" was rebuilt since .*: start again$"):
+            late.get()
+    assert original.get().tolist() == [0, 1, 2]
+    assert pickle.loads(unused).get().tolist() == [3, 4, 5]
+    original.drop()
+    assert original.get().tolist() == [3, 4, 5]

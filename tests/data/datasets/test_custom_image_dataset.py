@@ -80,6 +80,9 @@ def test_numbers_as_labels_are_kept(folder):
 @pytest.mark.parametrize(
     ("text", "word"),
     [
+        ("", r'list\.csv" holds nothing: give it a header line, such as path, and one image a line'),
+        ("\n\n", r'list\.csv" holds nothing: give it a header line'),
+        ("Path,split\n", r'list\.csv" holds only the line path,split: give it a header line'),
         ("path,label\n0.jpg,1\n1.jpg,\n", "image 2 of .* has no label"),
         ("path\nnone.jpg\n", r"there is no .*none\.jpg\"; relative paths are taken from root$"),
         ("path;label\n0.jpg;1\n", r"there is no .*0\.jpg;1.*root, and commas separate columns"),
