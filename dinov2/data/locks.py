@@ -53,8 +53,8 @@ class LockFile:
         draft = self._beside("draft")
         with writing(str(self.path)):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(self._content)
             try:
+                draft.write_bytes(self._content)
                 for _ in range(3):
                     if self._place(draft):
                         return True
