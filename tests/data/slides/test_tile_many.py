@@ -142,11 +142,19 @@ def test_broken_slides_among_good_ones(folder, tmp_path):
     assert records["a_text"]["status"] == "failed"
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, process=None, seconds=120):
+    """Wait until something is so, as long as the process lives that is to bring it about."""
     end = time.monotonic() + seconds
     while not condition():
+        assert process is None or process.poll() is None, f"it ended with status {process.poll()}"
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.02)
+
+
+def test_nobody_waits_for_a_process_that_has_ended():
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"]) as process:
+        with pytest.raises(AssertionError, match="ended with status 7"):
+            wait_for(lambda: False, process)
 
 
 def tiles_in_work(output, slide):
@@ -185,11 +193,12 @@ def command(*arguments):
 def test_a_killed_run_leaves_no_half_slide_and_is_resumed(folder, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     arguments = ("--slides", folder / "first.svs", "--output", tmp_path, "--overlap", 184)
-    process = subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.DEVNULL)
-    wait_for(lambda: len(tiles_in_work(tmp_path, "first")) > 5)
-    worker = holder(tmp_path, "first")
-    process.kill()
-    process.wait()
+    with subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_for(lambda: len(tiles_in_work(tmp_path, "first")) > 5, process)
+            worker = holder(tmp_path, "first")
+        finally:
+            process.kill()
     wait_for(lambda: not Path(f"/proc/{worker}").exists())  # the worker ends by itself
     assert not (tmp_path / "patches" / "first").exists()
     assert not (tmp_path / "state" / "first.json").exists()
