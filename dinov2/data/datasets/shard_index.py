@@ -16,6 +16,7 @@ import numpy as np
 
 from dinov2.data.datasets.arrays import IndexArray, atomic_file, save_array
 from dinov2.data.datasets.class_numbers import class_numbers
+from dinov2.data.datasets.folders import files_matching
 from dinov2.data.locks import one_at_a_time
 from dinov2.errors import DatasetError
 
@@ -25,11 +26,12 @@ MOST_WORKERS = 16
 PROGRESS_SECONDS = 30.0
 
 
-def list_shards(root: str, pattern: str, *, dataset: str) -> list[Path]:
+def list_shards(root: str, pattern: str, *, dataset: str, example: str = "*.tar") -> list[Path]:
     """Return the files of a folder that match a pattern in the order of their paths; or the file itself.
 
     Raises:
-        DatasetError: there is no such folder, or nothing in it matches.
+        DatasetError: there is no such folder, nothing in it matches, or the pattern is none; the sentence
+            shows ``example`` then.
     """
     place = Path(root)
     if root and place.is_file():
@@ -38,7 +40,7 @@ def list_shards(root: str, pattern: str, *, dataset: str) -> list[Path]:
         raise DatasetError(
             f'the root of {dataset} is "{root}", which does not exist: give a folder or a file'
         )
-    found = sorted(path for path in place.glob(pattern) if path.is_file())
+    found = sorted(files_matching(root, pattern, example=example))
     if not found:
         hint = ' ("{...}" is no pattern here, write * instead)' if "{" in pattern else ""
         raise DatasetError(

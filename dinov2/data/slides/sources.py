@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinov2.data.datasets.class_numbers import class_numbers
+from dinov2.data.datasets.folders import files_matching
 from dinov2.data.datasets.path_map import PathMap
 from dinov2.data.slides.slide_csv import SlideLine, read_slide_csv
 from dinov2.errors import DatasetError
@@ -42,10 +43,11 @@ def slides_of_folder(root: str, pattern: str = "") -> list[SlideSource]:
             slide format.
 
     Raises:
-        DatasetError: there are none.
+        DatasetError: there are none, or the pattern is none.
     """
     if pattern:
-        found = {path for part in pattern.split(",") for path in Path(root).glob(part.strip())}
+        parts = [part.strip() for part in pattern.split(",") if part.strip()] or [""]
+        found = {path for part in parts for path in files_matching(root, part, example="*.svs")}
     else:
         found = {path for path in Path(root).rglob("*") if path.suffix.lower() in SLIDE_SUFFIXES}
     paths = sorted(str(path.absolute()) for path in found if path.is_file())

@@ -152,9 +152,9 @@ def wait_for(condition, process=None, seconds=120):
 
 
 def test_nobody_waits_for_a_process_that_has_ended():
-    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"]) as process:
-        with pytest.raises(AssertionError, match="ended with status 7"):
-            wait_for(lambda: False, process)
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
+    with process, pytest.raises(AssertionError, match="ended with status 7"):
+        wait_for(lambda: False, process)
 
 
 def tiles_in_work(output, slide):
