@@ -16,7 +16,7 @@ import numpy as np
 
 from dinov2.data.datasets.arrays import IndexArray, atomic_file, save_array
 from dinov2.data.datasets.class_numbers import class_numbers
-from dinov2.data.datasets.folders import files_matching
+from dinov2.data.datasets.folders import files_matching, without_repeats
 from dinov2.data.locks import one_at_a_time
 from dinov2.errors import DatasetError
 
@@ -40,7 +40,7 @@ def list_shards(root: str, pattern: str, *, dataset: str, example: str = "*.tar"
         raise DatasetError(
             f'the root of {dataset} is "{root}", which does not exist: give a folder or a file'
         )
-    found = sorted(files_matching(root, pattern, example=example))
+    found = [Path(path) for path in without_repeats(root, files_matching(root, pattern, example=example))]
     if not found:
         hint = ' ("{...}" is no pattern here, write * instead)' if "{" in pattern else ""
         raise DatasetError(
