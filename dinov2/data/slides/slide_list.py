@@ -21,6 +21,7 @@ class SlideEntry:
         mpp: um per level-0 pixel if the user knows better than the file.
         mask: path of a tissue mask to use in place of the segmentation.
         process: False for slides that are listed but left out.
+        mask_as_given: path of the mask in the list, before the path map, which differs between machines.
     """
 
     name: str
@@ -28,6 +29,7 @@ class SlideEntry:
     mpp: float | None = None
     mask: str | None = None
     process: bool = True
+    mask_as_given: str | None = None
 
 
 def list_slides(source: str, *, path_map: PathMap | None = None) -> list[SlideEntry]:
@@ -73,7 +75,12 @@ def _entries_of(table: str, path_map: PathMap | None) -> list[SlideEntry]:
                 f'line {line.line} of "{table}" has "{line.name}" below slide, which is no name of a folder: '
                 "put file paths into the column path"
             )
-    return [SlideEntry(line.name, line.path, line.mpp, line.mask or None, line.process) for line in lines]
+    return [
+        SlideEntry(
+            line.name, line.path, line.mpp, line.mask or None, line.process, line.mask_as_given or None
+        )
+        for line in lines
+    ]
 
 
 def _check_names(entries: list[SlideEntry]) -> None:
