@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov2.data.datasets.arrays import IndexArray, atomic_file, save_array
+from dinov2.data.datasets.arrays import IndexArray, atomic_file, remove_leftovers, save_array
 from dinov2.data.datasets.class_numbers import class_numbers
 from dinov2.data.datasets.folders import files_matching, without_repeats
 from dinov2.data.locks import one_at_a_time
@@ -83,7 +83,10 @@ class ShardIndex:
         """
         facts = self._read_facts()
         if facts is None:
-            with one_at_a_time(self._path(".lock"), what=f'the index of the shards in "{self._root}"'):
+            what = f'the index of the shards in "{self._root}"'
+            with one_at_a_time(self._path(".lock"), what=what) as alone:
+                if alone:
+                    remove_leftovers(str(self._path("")))
                 facts = self._read_facts()
                 if facts is None:
                     facts = self._write(*build())

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinov2.data.datasets.arrays import IndexArray, atomic_file, save_array
+from dinov2.data.datasets.arrays import IndexArray, atomic_file, remove_leftovers, save_array
 from dinov2.data.locks import one_at_a_time
 from dinov2.data.slides.slide_tiles import TileSpec, fingerprint, load_tiles, store_tiles
 from dinov2.data.slides.sources import SlideSource
@@ -108,11 +108,15 @@ def open_tile_table(sources: Sequence[SlideSource], spec: TileSpec, folder: str)
     parts = [f"{folder}/slides/{name}.npz" for name in names]
     report = Path(f"{stem}.json")
     if not report.is_file():
-        with one_at_a_time(Path(folder, ".lock"), what="the list of tiles"):
+        with one_at_a_time(Path(folder, ".lock"), what="the list of tiles") as alone:
+            if alone:
+                _remove_leftovers(stem, parts)
             if not report.is_file():
                 _write(sources, parts, _find_missing(sources, spec, parts), stem)
     if _retry_is_due(report):
-        with one_at_a_time(Path(folder, ".lock"), what="the list of tiles"):
+        with one_at_a_time(Path(folder, ".lock"), what="the list of tiles") as alone:
+            if alone:
+                _remove_leftovers(stem, parts)
             if _retry_is_due(report):  # not if another process has done it meanwhile
                 try:
                     _retry(sources, spec, parts, stem)
@@ -121,6 +125,14 @@ def open_tile_table(sources: Sequence[SlideSource], spec: TileSpec, folder: str)
     content = json.loads(report.read_text("utf-8"))
     _tell(content, report)
     return TileTable(str(report.with_name(content.get("table", Path(stem).name))))
+
+
+def _remove_leftovers(stem: str, parts: list[str]) -> None:
+    """Remove what killed processes have left of a table and of the slides in it."""
+    remove_leftovers(stem)
+    # The lock is the folder's, so nobody writes parts of other tables either.
+    for leftover in Path(parts[0]).parent.glob(".*.npz.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def _retry_is_due(report: Path) -> bool:
@@ -136,7 +148,7 @@ def _retry(sources: Sequence[SlideSource], spec: TileSpec, parts: list[str], ste
     before = json.loads(report.read_text("utf-8"))["failed"]
     failures = _find_missing(sources, spec, parts)
     if len(failures) < len(before):
-        _write(sources, parts, failures, stem, table=f"{stem}-{uuid.uuid4().hex[:8]}")
+        _write(sources, parts, failures, stem, table=f"{stem}.{uuid.uuid4().hex[:8]}")
     else:
         os.utime(report)
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -217,6 +218,29 @@ def test_a_process_that_dies_costs_its_own_slide_alone(own_folder, caplog, monke
     dataset = opened(own_folder)
     assert {name for name, _, _ in places(dataset)} == {"b.svs"}
     assert "the process that read it died" in caplog.text
+
+
+def open_and_die_at_the_table(folder):
+    os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    opened(folder)
+
+
+def test_nothing_of_a_killed_process_stays(own_folder):
+    opened(own_folder)
+    extra = own_folder.parent / "extra"
+    for table in extra.glob("tiles-*"):
+        table.unlink()
+    (own_folder / "broken.svs").unlink()  # no slide is left to look at: the process itself writes
+    process = multiprocessing.get_context("fork").Process(
+        target=open_and_die_at_the_table, args=(own_folder,)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (extra / "slides" / f".{'0' * 24}.npz.{'0' * 32}.tmp").touch()  # of a killed process of the pool
+    assert len(list(extra.rglob("*.tmp"))) == 2
+    assert len(opened(own_folder)) > 0
+    assert list(extra.rglob("*.tmp")) == []
 
 
 def open_and_log(folder, log):
