@@ -53,8 +53,8 @@ class LockFile:
         draft = self._beside("draft")
         with writing(str(self.path)):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(self._content)
             try:
+                draft.write_bytes(self._content)
                 for _ in range(3):
                     if self._place(draft):
                         return True
@@ -157,7 +157,7 @@ class LockFile:
 
 
 @contextlib.contextmanager
-def one_at_a_time(path: str | Path, *, what: str) -> Iterator[None]:
+def one_at_a_time(path: str | Path, *, what: str) -> Iterator[bool]:
     """Wait until no other process or thread of this machine is in here; the others find the work done.
 
     Some file systems lock for all machines that share them, and some have no such locks: then the work is
@@ -167,19 +167,22 @@ def one_at_a_time(path: str | Path, *, what: str) -> Iterator[None]:
         path: of the lock file, which is there while somebody is in here.
         what: is made in here, for the sentence that says that it can not be.
 
+    Yields:
+        whether the file system has such locks: what lies about in here is left over then.
+
     Raises:
         OutputError: the folder can not be written.
     """
-    file = _locked(Path(path), what)
+    file, alone = _locked(Path(path), what)
     with os.fdopen(file, "wb"):
         try:
-            yield
+            yield alone
         finally:
             Path(path).unlink(missing_ok=True)
 
 
-def _locked(path: Path, what: str) -> int:
-    """Return the lock file, open and locked."""
+def _locked(path: Path, what: str) -> tuple[int, bool]:
+    """Return the lock file, open, and whether it is locked."""
     import fcntl
 
     while True:
@@ -195,11 +198,11 @@ def _locked(path: Path, what: str) -> int:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             logger.warning('the file system of "%s" has no locks (%s)', path.parent, error)
-            return file
+            return file, False
         # Who was in here before has deleted the file, and the next who comes makes a new one.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), path.stat()):
-                return file
+                return file, True
         os.close(file)
 
 

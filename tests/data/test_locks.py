@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import time
@@ -173,6 +174,17 @@ def test_a_folder_that_can_not_be_written(tmp_path):
         LockFile(tmp_path / "file" / "lock").acquire()
     with pytest.raises(OutputError, match='the index is not built yet and ".*file" can not be written'):
         one_at_a_time(tmp_path / "file" / "lock", what="the index").__enter__()
+
+
+def acquire_on_a_full_disk(path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    with pytest.raises(OutputError, match="free some space"):
+        LockFile(path).acquire()
+
+
+def test_a_full_disk_keeps_nothing_of_a_lock(path):
+    assert in_processes(acquire_on_a_full_disk, (path,)) == [0]
+    assert list(path.parent.iterdir()) == []
 
 
 def count_up(lock, counter):

@@ -152,7 +152,11 @@ def atomic_file(path: str) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(path: str) -> None:
-    """Remove what an :func:`atomic_file` of that path left behind when its process was killed."""
+    """Remove what an :func:`atomic_file` of that path left behind when its process was killed.
+
+    Args:
+        path: of the file, or its beginning up to a dot, for all files that begin so. Nobody may write them.
+    """
     target = Path(path)
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         leftover.unlink(missing_ok=True)

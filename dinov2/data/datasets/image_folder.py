@@ -11,11 +11,11 @@ import numpy as np
 from dinov2.data.datasets.arrays import PackedStrings
 from dinov2.data.datasets.checks import existing_folder, member_of
 from dinov2.data.datasets.extended import ExtendedVisionDataset
+from dinov2.data.datasets.folders import Place, folders_below, is_folder, place_of
 from dinov2.errors import DatasetError
 
 logger = logging.getLogger("dinov2")
 
-_Place = tuple[int, int]  # device and number of a folder on it
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 
 
@@ -66,7 +66,7 @@ class ImageFolder(ExtendedVisionDataset):
 
     def _open(self, folder: str, classes: list[str]) -> None:
         """List the images of every class."""
-        images_by_class = [sorted(_images_below(f"{folder}/{name}", {_place(folder)})) for name in classes]
+        images_by_class = [sorted(_images_below(f"{folder}/{name}", {place_of(folder)})) for name in classes]
         self.classes = classes
         self._paths = PackedStrings(path for paths in images_by_class for path in paths)
         self._targets = np.repeat(np.arange(len(classes)), [len(paths) for paths in images_by_class])
@@ -83,8 +83,8 @@ class ImageFolder(ExtendedVisionDataset):
     def _class_names(self, folder: str) -> list[str]:
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if entry.name[0] != "."]
-            stray = sum(_is_image(entry.name) and not _is_folder(entry) for entry in visible)
-            names = sorted(entry.name for entry in visible if _is_folder(entry))
+            stray = sum(_is_image(entry.name) and not is_folder(entry) for entry in visible)
+            names = sorted(entry.name for entry in visible if is_folder(entry))
         if stray and names:
             logger.warning(
                 '%d images lie in "%s" itself, have no class and are left out; labels=none takes all images',
@@ -169,45 +169,10 @@ class NCTCRC(ImageFolder):
         super()._open(split_folder, classes)
 
 
-def _images_below(folder: str, outside: Set[_Place] = frozenset()) -> Iterator[str]:
-    """Yield the paths of the images in a folder and below it; nothing when it is missing.
-
-    Args:
-        folder: where to look.
-        outside: folders that lie around it; links back to one of them are not followed.
-    """
-    pending = [(folder, frozenset(outside))]
-    while pending:
-        parent, around = pending.pop()
-        try:
-            place = _place(parent)
-            with os.scandir(parent) as listing:
-                entries = [entry for entry in listing if entry.name[0] != "."]
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            logger.warning('"%s" can not be listed and is left out: %s', parent, error)
-            continue
-        if place in around:
-            continue
-        for entry in entries:
-            if _is_folder(entry):
-                pending.append((entry.path, around | {place}))
-            elif _is_image(entry.name):
-                yield entry.path
-
-
-def _place(folder: str) -> _Place:
-    """Return what is the same for all paths to a folder."""
-    status = os.stat(folder)  # noqa: PTH116 - plain strings, there may be millions
-    return status.st_dev, status.st_ino
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
+def _images_below(folder: str, outside: Set[Place] = frozenset()) -> Iterator[str]:
+    """Yield the paths of the images in a folder and below it, see :func:`folders_below`."""
+    for parent, names in folders_below(folder, outside):
+        yield from (f"{parent}/{name}" for name in names if _is_image(name))
 
 
 def _is_image(name: str) -> bool:

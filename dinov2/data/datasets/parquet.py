@@ -73,7 +73,7 @@ class Parquet(ExtendedVisionDataset):
     ) -> None:
         _pyarrow_parquet()
         super().__init__(root, transforms, transform, target_transform)
-        shards = list_shards(root, pattern, dataset="Parquet")
+        shards = list_shards(root, pattern, dataset="Parquet", example="*.parquet")
         folder = root if Path(root).is_dir() else str(Path(root).parent)
         options = {"pattern": pattern, "image": image, "label": label}
         index = ShardIndex(extra or folder, kind="parquet", root=root, shards=shards, options=options)

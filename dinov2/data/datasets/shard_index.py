@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from dinov2.data.datasets.arrays import IndexArray, atomic_file, save_array
+from dinov2.data.datasets.arrays import IndexArray, atomic_file, remove_leftovers, save_array
 from dinov2.data.datasets.class_numbers import class_numbers
+from dinov2.data.datasets.folders import files_matching, without_repeats
 from dinov2.data.locks import one_at_a_time
 from dinov2.errors import DatasetError
 
@@ -25,11 +26,12 @@ MOST_WORKERS = 16
 PROGRESS_SECONDS = 30.0
 
 
-def list_shards(root: str, pattern: str, *, dataset: str) -> list[Path]:
+def list_shards(root: str, pattern: str, *, dataset: str, example: str = "*.tar") -> list[Path]:
     """Return the files of a folder that match a pattern in the order of their paths; or the file itself.
 
     Raises:
-        DatasetError: there is no such folder, or nothing in it matches.
+        DatasetError: there is no such folder, nothing in it matches, or the pattern is none; the sentence
+            shows ``example`` then.
     """
     place = Path(root)
     if root and place.is_file():
@@ -38,7 +40,7 @@ def list_shards(root: str, pattern: str, *, dataset: str) -> list[Path]:
         raise DatasetError(
             f'the root of {dataset} is "{root}", which does not exist: give a folder or a file'
         )
-    found = sorted(path for path in place.glob(pattern) if path.is_file())
+    found = [Path(path) for path in without_repeats(root, files_matching(root, pattern, example=example))]
     if not found:
         hint = ' ("{...}" is no pattern here, write * instead)' if "{" in pattern else ""
         raise DatasetError(
@@ -81,7 +83,10 @@ class ShardIndex:
         """
         facts = self._read_facts()
         if facts is None:
-            with one_at_a_time(self._path(".lock"), what=f'the index of the shards in "{self._root}"'):
+            what = f'the index of the shards in "{self._root}"'
+            with one_at_a_time(self._path(".lock"), what=what) as alone:
+                if alone:
+                    remove_leftovers(str(self._path("")))
                 facts = self._read_facts()
                 if facts is None:
                     facts = self._write(*build())

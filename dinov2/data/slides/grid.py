@@ -64,7 +64,7 @@ def check_grid(*, size: int, mpp: float, overlap: int, min_tissue: float, edges:
     """
     if size < 1:
         raise ConfigError(f"the size of the tiles is {size}; it takes at least 1 pixel")
-    if not mpp > 0:
+    if not 0 < mpp < math.inf:
         raise ConfigError(f"the mpp of the tiles is {mpp}; it takes um per pixel above 0, such as 0.5")
     if not -size <= overlap < size:
         raise ConfigError(

@@ -25,6 +25,7 @@ class SlideLine:
         name: what the column ``slide`` calls it, the name of the file without its suffix if it is empty.
         mpp: um per level-0 pixel, None if the table does not say.
         mask: path of a tissue mask, empty without.
+        mask_as_given: the same as it stands in the table, before the path map.
         label: as written, empty without.
         split: as written, empty without.
         process: False leaves the slide out.
@@ -35,6 +36,7 @@ class SlideLine:
     name: str
     mpp: float | None
     mask: str
+    mask_as_given: str
     label: str
     split: str
     process: bool
@@ -99,6 +101,7 @@ def _line_of(number: int, cells: dict[str, str], table: Path, folder: Path, path
         name=cells["slide"] if cells["path"] and cells["slide"] else Path(location).stem,
         mpp=mpp,
         mask=str(folder / path_map(cells["mask"])) if cells["mask"] else "",
+        mask_as_given=cells["mask"],
         label=cells["label"],
         split=cells["split"],
         process=cells["process"].lower() in _YES,

@@ -1,13 +1,13 @@
 """Which slides to work on: a folder, a pattern, or a table with a line per slide."""
 
 import glob
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from dinov2.data.datasets.folders import without_repeats
 from dinov2.data.datasets.path_map import PathMap
 from dinov2.data.slides.slide_csv import read_slide_csv
-from dinov2.data.slides.sources import SLIDE_SUFFIXES
+from dinov2.data.slides.sources import SLIDE_SUFFIXES, slide_files_below
 from dinov2.errors import DatasetError
 
 
@@ -21,6 +21,7 @@ class SlideEntry:
         mpp: um per level-0 pixel if the user knows better than the file.
         mask: path of a tissue mask to use in place of the segmentation.
         process: False for slides that are listed but left out.
+        mask_as_given: path of the mask in the list, before the path map, which differs between machines.
     """
 
     name: str
@@ -28,15 +29,17 @@ class SlideEntry:
     mpp: float | None = None
     mask: str | None = None
     process: bool = True
+    mask_as_given: str | None = None
 
 
 def list_slides(source: str, *, path_map: PathMap | None = None) -> list[SlideEntry]:
     """Return the slides of a source, sorted by name.
 
     Args:
-        source: a folder (searched with its subfolders), a pattern such as ``/data/**/*.svs``, one slide file,
-            or a CSV, see :func:`~dinov2.data.slides.slide_csv.read_slide_csv`, whose column ``slide`` gives
-            the name to store it under; its labels and splits are passed over.
+        source: a folder (searched with all below it, behind links as well), a pattern such as
+            ``/data/**/*.svs``, one slide file, or a CSV, see
+            :func:`~dinov2.data.slides.slide_csv.read_slide_csv`, whose column ``slide`` gives the name to
+            store it under; its labels and splits are passed over.
         path_map: where recorded folders lie here, for the paths in the CSV.
 
     Raises:
@@ -48,7 +51,10 @@ def list_slides(source: str, *, path_map: PathMap | None = None) -> list[SlideEn
     elif path.is_file():
         entries = [SlideEntry(path.stem, str(path))]
     elif path.is_dir():
-        entries = [SlideEntry(found.stem, str(found)) for found in _walk(path)]
+        entries = [
+            SlideEntry(Path(found).stem, found)
+            for found in without_repeats(source, slide_files_below(source))
+        ]
     else:
         matches = sorted(glob.glob(source, recursive=True))  # noqa: PTH207
         entries = [SlideEntry(Path(match).stem, match) for match in matches if Path(match).is_file()]
@@ -61,18 +67,6 @@ def list_slides(source: str, *, path_map: PathMap | None = None) -> list[SlideEn
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def _walk(folder: Path) -> list[Path]:
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(parent, name)
-            for name in sorted(names)
-            if not name.startswith(".") and Path(name).suffix.lower() in SLIDE_SUFFIXES
-        ]
-    return found
-
-
 def _entries_of(table: str, path_map: PathMap | None) -> list[SlideEntry]:
     lines = read_slide_csv(table, path_map=path_map)[1]
     for line in lines:
@@ -81,7 +75,12 @@ def _entries_of(table: str, path_map: PathMap | None) -> list[SlideEntry]:
                 f'line {line.line} of "{table}" has "{line.name}" below slide, which is no name of a folder: '
                 "put file paths into the column path"
             )
-    return [SlideEntry(line.name, line.path, line.mpp, line.mask or None, line.process) for line in lines]
+    return [
+        SlideEntry(
+            line.name, line.path, line.mpp, line.mask or None, line.process, line.mask_as_given or None
+        )
+        for line in lines
+    ]
 
 
 def _check_names(entries: list[SlideEntry]) -> None:

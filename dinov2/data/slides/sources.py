@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinov2.data.datasets.class_numbers import class_numbers
+from dinov2.data.datasets.folders import files_matching, folders_below, without_repeats
 from dinov2.data.datasets.path_map import PathMap
 from dinov2.data.slides.slide_csv import SlideLine, read_slide_csv
 from dinov2.errors import DatasetError
@@ -34,7 +35,7 @@ class SlideSource:
 
 
 def slides_of_folder(root: str, pattern: str = "") -> list[SlideSource]:
-    """List the slide files below a folder, sorted by path.
+    """List the slide files below a folder, sorted by path; links to folders are followed.
 
     Args:
         root: the folder.
@@ -42,17 +43,29 @@ def slides_of_folder(root: str, pattern: str = "") -> list[SlideSource]:
             slide format.
 
     Raises:
-        DatasetError: there are none.
+        DatasetError: there are none, or the pattern is none.
     """
     if pattern:
-        found = {path for part in pattern.split(",") for path in Path(root).glob(part.strip())}
+        parts = [part.strip() for part in pattern.split(",") if part.strip()] or [""]
+        found = {path for part in parts for path in files_matching(root, part, example="*.svs")}
     else:
-        found = {path for path in Path(root).rglob("*") if path.suffix.lower() in SLIDE_SUFFIXES}
-    paths = sorted(str(path.absolute()) for path in found if path.is_file())
+        found = slide_files_below(root)
+    paths = [str(Path(path).absolute()) for path in without_repeats(root, found)]
     if not paths:
         wanted = pattern or " ".join(SLIDE_SUFFIXES)
         raise DatasetError(f'Slides finds no slide in "{root}" ({wanted}): correct root or pattern')
     return [SlideSource(path) for path in paths]
+
+
+def slide_files_below(root: str) -> list[str]:
+    """Return the files with the suffix of a slide format in a folder and below it, behind links as well."""
+    found = (
+        Path(parent, name)
+        for parent, names in folders_below(root)
+        for name in names
+        if Path(name).suffix.lower() in SLIDE_SUFFIXES
+    )
+    return [str(path) for path in found if path.is_file()]
 
 
 def slides_of_manifest(

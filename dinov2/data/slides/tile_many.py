@@ -14,7 +14,7 @@ from dinov2.data.locks import RENEW_SECONDS, LockFile
 from dinov2.data.slides.output_folder import DONE, OutputFolder
 from dinov2.data.slides.recipe import TilingRecipe, differences
 from dinov2.data.slides.slide_list import SlideEntry
-from dinov2.data.slides.tiling import outputs_of, stamp, tile_slide, wanted_record
+from dinov2.data.slides.tiling import outputs_of, source_changes, stamp, tile_slide, wanted_record
 from dinov2.errors import ConfigError, UserError, some_of
 
 logger = logging.getLogger("dinov2")
@@ -112,7 +112,7 @@ def _changes(record: dict, entry: SlideEntry, recipe: TilingRecipe) -> list[str]
     except UserError:
         return []  # a slide that was done and has gone since stays done
     options = differences(record.get("recipe") or {}, wanted["recipe"])
-    return options + differences(record.get("source") or {}, wanted["source"], "slide ")
+    return options + source_changes(record.get("source") or {}, entry, wanted["source"])
 
 
 def _work(run: TilingRun, todo: list[SlideEntry]) -> Iterator[dict]:

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import time
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -14,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinov2.data.datasets.arrays import IndexArray, atomic_file, save_array
+from dinov2.data.datasets.arrays import IndexArray, atomic_file, remove_leftovers, save_array
 from dinov2.data.locks import one_at_a_time
 from dinov2.data.slides.slide_tiles import TileSpec, fingerprint, load_tiles, store_tiles
 from dinov2.data.slides.sources import SlideSource
-from dinov2.errors import DatasetError, some_of
+from dinov2.errors import DatasetError, OutputError, some_of
 
 logger = logging.getLogger("dinov2")
 
@@ -35,6 +36,7 @@ ROW_DTYPE = np.dtype(
     ]
 )
 _PROGRESS_SECONDS = 15.0
+RETRY_SECONDS = 120  # the processes of one run open the slides within less
 _SHOWN_FAILURES = 5
 
 
@@ -87,7 +89,8 @@ def open_tile_table(sources: Sequence[SlideSource], spec: TileSpec, folder: str)
     """Open the tiles of slides, after finding those that are not yet in ``folder``.
 
     Of several processes that ask at once one does the work, the others wait and take its result. A build that
-    was stopped goes on where it was; a slide whose file has changed is done again.
+    was stopped goes on where it was; a slide whose file has changed is done again, and so is one that failed
+    when the table is opened ``RETRY_SECONDS`` after the last try.
 
     Args:
         sources: the slides.
@@ -102,18 +105,65 @@ def open_tile_table(sources: Sequence[SlideSource], spec: TileSpec, folder: str)
     labels = [source.label for source in sources]
     digest = hashlib.blake2b(json.dumps([names, labels]).encode(), digest_size=12).hexdigest()
     stem = str(Path(folder, f"tiles-{digest}"))
+    parts = [f"{folder}/slides/{name}.npz" for name in names]
     report = Path(f"{stem}.json")
     if not report.is_file():
-        with one_at_a_time(Path(folder, ".lock"), what="the list of tiles"):
+        with one_at_a_time(Path(folder, ".lock"), what="the list of tiles") as alone:
+            if alone:
+                _remove_leftovers(stem, parts)
             if not report.is_file():
-                _build(sources, spec, [f"{folder}/slides/{name}.npz" for name in names], stem)
-    _tell(json.loads(report.read_text("utf-8")), report)
-    return TileTable(stem)
+                _write(sources, parts, _find_missing(sources, spec, parts), stem)
+    if _retry_is_due(report):
+        with one_at_a_time(Path(folder, ".lock"), what="the list of tiles") as alone:
+            if alone:
+                _remove_leftovers(stem, parts)
+            if _retry_is_due(report):  # not if another process has done it meanwhile
+                try:
+                    _retry(sources, spec, parts, stem)
+                except OutputError as error:  # what was found before is there all the same
+                    logger.warning("slides that can not be read were not tried again: %s", error)
+    content = json.loads(report.read_text("utf-8"))
+    _tell(content, report)
+    return TileTable(str(report.with_name(content.get("table", Path(stem).name))))
 
 
-def _build(sources: Sequence[SlideSource], spec: TileSpec, parts: list[str], stem: str) -> None:
+def _remove_leftovers(stem: str, parts: list[str]) -> None:
+    """Remove what killed processes have left of a table and of the slides in it."""
+    remove_leftovers(stem)
+    # The lock is the folder's, so nobody writes parts of other tables either.
+    for leftover in Path(parts[0]).parent.glob(".*.npz.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def _retry_is_due(report: Path) -> bool:
+    """Whether slides failed, and not just now: the processes of one run have to find the same table."""
+    if time.time() - report.stat().st_mtime < RETRY_SECONDS or not os.access(report.parent, os.W_OK):
+        return False
+    return bool(json.loads(report.read_text("utf-8"))["failed"])
+
+
+def _retry(sources: Sequence[SlideSource], spec: TileSpec, parts: list[str], stem: str) -> None:
+    """Try the slides again that failed: storage may have been away, or a library was missing."""
+    report = Path(f"{stem}.json")
+    before = json.loads(report.read_text("utf-8"))["failed"]
+    failures = _find_missing(sources, spec, parts)
+    if len(failures) < len(before):
+        _write(sources, parts, failures, stem, table=f"{stem}.{uuid.uuid4().hex[:8]}")
+    else:
+        os.utime(report)
+
+
+def _find_missing(sources: Sequence[SlideSource], spec: TileSpec, parts: list[str]) -> dict[str, str]:
+    """Find the tiles of the slides that have none yet; return what was wrong, by path of the slide."""
     todo = [place for place, part in enumerate(parts) if not Path(part).is_file()]
-    failures = _find_all([(sources[place], spec, parts[place]) for place in todo])
+    return _find_all([(sources[place], spec, parts[place]) for place in todo])
+
+
+def _write(
+    sources: Sequence[SlideSource], parts: list[str], failures: dict[str, str], stem: str, *, table: str = ""
+) -> None:
+    """Write a table and its report. A second table lies beside the first, which others may have open."""
+    table = table or stem
     rows, paths, corners, begin, path_begin, empty = [], [], [], 0, 0, []
     for source, part in zip(sources, parts, strict=True):
         if source.path in failures:
@@ -130,10 +180,12 @@ def _build(sources: Sequence[SlideSource], spec: TileSpec, parts: list[str], ste
         begin, path_begin = begin + count, path_begin + len(path)
     if not rows:
         raise DatasetError(_nothing(failures, empty))
-    save_array(f"{stem}.slides.npy", np.array(rows, dtype=ROW_DTYPE))
-    save_array(f"{stem}.paths.npy", np.frombuffer(b"".join(paths), dtype=np.uint8))
-    save_array(f"{stem}.tiles.npy", np.concatenate(corners))
+    save_array(f"{table}.slides.npy", np.array(rows, dtype=ROW_DTYPE))
+    save_array(f"{table}.paths.npy", np.frombuffer(b"".join(paths), dtype=np.uint8))
+    save_array(f"{table}.tiles.npy", np.concatenate(corners))
     report = {"slides": len(rows), "tiles": begin, "empty": empty, "failed": failures}
+    if table != stem:
+        report["table"] = Path(table).name
     with atomic_file(f"{stem}.json") as file:  # last: the table is complete when it is there
         file.write(json.dumps(report, indent=1).encode("ascii"))
 
@@ -196,8 +248,10 @@ def _tell(report: dict, path: Path) -> None:
         )
     if report["failed"]:
         logger.warning(
-            'LEFT OUT: %d slides can not be read (delete "%s" to try them again): %s',
+            "LEFT OUT: %d slides can not be read (tried again when opened in more than %d minutes, or at "
+            'once without "%s"): %s',
             len(report["failed"]),
+            RETRY_SECONDS // 60,
             path,
             some_of(report["failed"].values(), _SHOWN_FAILURES, separator="; "),
         )

@@ -14,7 +14,7 @@ from dinov2.data.slides.mask_files import read_mask
 from dinov2.data.slides.output_folder import OutputFolder
 from dinov2.data.slides.plan import TilePlan, UpsampledSlide, draw_tiles, plan_tiles
 from dinov2.data.slides.reader import Slide, open_slide
-from dinov2.data.slides.recipe import TilingRecipe
+from dinov2.data.slides.recipe import TilingRecipe, differences
 from dinov2.data.slides.slide_list import SlideEntry
 from dinov2.data.slides.tile_files import remove_tiles, write_tiles
 from dinov2.data.slides.tissue import overview_side, segment_tissue
@@ -42,10 +42,34 @@ def wanted_record(entry: SlideEntry, recipe: TilingRecipe) -> dict:
     path = Path(entry.path)
     if not path.exists():
         raise DatasetError(f'the slide "{entry.path}" is missing: correct its path, or take it off the list')
-    return {
-        "recipe": recipe.as_dict(),
-        "source": {"bytes": path.stat().st_size, "mpp": entry.mpp, "mask": entry.mask},
+    source = {
+        "bytes": path.stat().st_size,
+        "modified": _modified(path),
+        "mpp": entry.mpp,
+        "mask": entry.mask_as_given or entry.mask,
     }
+    if entry.mask and Path(entry.mask).exists():
+        source["mask_modified"] = _modified(Path(entry.mask))
+    return {"recipe": recipe.as_dict(), "source": source}
+
+
+def source_changes(recorded: dict, entry: SlideEntry, wanted: dict) -> list[str]:
+    """Name what the sources of a slide in a record and of :func:`wanted_record` differ in."""
+    recorded = dict(recorded)
+    if recorded.get("mask") == entry.mask:  # older records have the path behind the path map
+        recorded["mask"] = wanted["mask"]
+    # Older records have no times; a mask that has gone since changes nothing, as a slide that has gone.
+    unknown = {key for key in ("modified", "mask_modified") if not (key in recorded and key in wanted)}
+    before, after = (
+        {key: value for key, value in facts.items() if key not in unknown} for facts in (recorded, wanted)
+    )
+    return differences(before, after, "slide ")
+
+
+def _modified(path: Path) -> str:
+    """Return when a file was changed, in whole seconds, which all file systems and copies keep."""
+    changed = datetime.datetime.fromtimestamp(int(path.stat().st_mtime), datetime.timezone.utc)
+    return changed.isoformat()
 
 
 def outputs_of(slide: str, recipe: dict) -> list[str]:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -155,6 +156,42 @@ def test_tiles_are_found_once(own_folder, caplog, monkeypatch):
         assert "finding the tiles of 3 slides" in caplog.text
 
 
+def long_ago(extra):
+    """Make the reports of a folder look as if written before."""
+    for report in extra.glob("tiles-*.json"):
+        os.utime(report, (0, 1_000_000_000))
+
+
+def test_slides_that_failed_are_tried_again_later(own_folder, caplog, monkeypatch):
+    extra = own_folder.parent / "extra"
+    real = slide_tiles.open_slide
+
+    def away(path, **options):
+        if path.endswith("b.svs"):
+            raise ImageReadError(f'"{path}" can not be read: the storage is away')
+        return real(path, **options)
+
+    monkeypatch.setattr(slide_tiles, "open_slide", away)
+    before = opened(own_folder)
+    first = places(before)
+    assert {name for name, _, _ in first} == {"a.tiff"}
+    monkeypatch.undo()
+    assert places(opened(own_folder)) == first  # the processes of one run agree
+    long_ago(extra)
+    worker = pickle.dumps(before)
+    with caplog.at_level(logging.INFO, logger="dinov2"):
+        assert {name for name, _, _ in places(opened(own_folder))} == {"a.tiff", "b.svs"}
+        assert "finding the tiles of 2 slides" in caplog.text
+        caplog.clear()
+        assert {name for name, _, _ in places(opened(own_folder))} == {"a.tiff", "b.svs"}
+        assert "finding" not in caplog.text
+    assert places(pickle.loads(worker)) == first  # a running process keeps its table
+    long_ago(extra)
+    tables = sorted(extra.glob("tiles-*.npy"))
+    opened(own_folder)  # tried again in vain
+    assert sorted(extra.glob("tiles-*.npy")) == tables
+
+
 def test_a_stopped_build_goes_on(own_folder):
     opened(own_folder)
     extra = own_folder.parent / "extra"
@@ -181,6 +218,29 @@ def test_a_process_that_dies_costs_its_own_slide_alone(own_folder, caplog, monke
     dataset = opened(own_folder)
     assert {name for name, _, _ in places(dataset)} == {"b.svs"}
     assert "the process that read it died" in caplog.text
+
+
+def open_and_die_at_the_table(folder):
+    os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    opened(folder)
+
+
+def test_nothing_of_a_killed_process_stays(own_folder):
+    opened(own_folder)
+    extra = own_folder.parent / "extra"
+    for table in extra.glob("tiles-*"):
+        table.unlink()
+    (own_folder / "broken.svs").unlink()  # no slide is left to look at: the process itself writes
+    process = multiprocessing.get_context("fork").Process(
+        target=open_and_die_at_the_table, args=(own_folder,)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (extra / "slides" / f".{'0' * 24}.npz.{'0' * 32}.tmp").touch()  # of a killed process of the pool
+    assert len(list(extra.rglob("*.tmp"))) == 2
+    assert len(opened(own_folder)) > 0
+    assert list(extra.rglob("*.tmp")) == []
 
 
 def open_and_log(folder, log):

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -130,6 +131,23 @@ def test_processes_that_build_at_the_same_time(shards):
         assert pool.map(_length, [f"WebDataset:root={shards}:label=cls"] * 8, chunksize=1) == [6] * 8
     left = {path.suffix for path in shards.iterdir()}
     assert left == {".tar", ".json", ".npy"}
+
+
+def _die_while_writing(text):
+    os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    make_dataset(dataset_str=text)
+
+
+def test_nothing_of_a_killed_process_stays(shards):
+    text = f"WebDataset:root={shards}:extra={shards.parent}/index"
+    process = multiprocessing.get_context("fork").Process(target=_die_while_writing, args=(text,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    index = shards.parent / "index"
+    assert [path.suffix for path in index.iterdir() if path.suffix != ".lock"] == [".tmp"]
+    assert len(make_dataset(dataset_str=text)) == 6
+    assert {path.suffix for path in index.iterdir()} == {".json", ".npy"}
 
 
 def test_a_folder_that_can_not_be_written(shards, monkeypatch):

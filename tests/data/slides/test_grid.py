@@ -68,6 +68,8 @@ def test_tissue_decides(slide):
     [
         ({"size": 0}, "size of the tiles is 0"),
         ({"mpp": 0.0}, "mpp of the tiles is 0"),
+        ({"mpp": float("inf")}, "mpp of the tiles is inf"),
+        ({"mpp": float("nan")}, "mpp of the tiles is nan"),
         ({"overlap": 224}, "overlap of the tiles is 224"),
         ({"min_tissue": 25}, "min_tissue is 25"),
         ({"edges": "crop"}, 'edges of the grid are "crop"; accepted are drop and pad'),

@@ -36,7 +36,7 @@ def test_table(folder):
     assert list_slides(str(table)) == [
         SlideEntry("a", str(folder / "a.tiff")),
         SlideEntry("b", str(folder / "b.svs"), process=False),
-        SlideEntry("first", str(folder / "sub/c.NDPI"), 0.25, str(folder / "m/c.png")),
+        SlideEntry("first", str(folder / "sub/c.NDPI"), 0.25, str(folder / "m/c.png"), True, "m/c.png"),
     ]
 
 
@@ -48,10 +48,10 @@ def test_the_column_slide_alone_is_the_path(folder):
 def test_recorded_folders_are_mapped(folder):
     (folder / "slides.csv").write_text("path,mask\n/old/sub/c.NDPI,/old/c.png\n/other/b.svs,\nrel.svs,\n")
     entries = list_slides(str(folder / "slides.csv"), path_map=PathMap.parse(f"/old={folder}"))
-    assert [(entry.path, entry.mask) for entry in entries] == [
-        ("/other/b.svs", None),
-        (str(folder / "sub/c.NDPI"), str(folder / "c.png")),
-        (str(folder / "rel.svs"), None),
+    assert [(entry.path, entry.mask, entry.mask_as_given) for entry in entries] == [
+        ("/other/b.svs", None, None),
+        (str(folder / "sub/c.NDPI"), str(folder / "c.png"), "/old/c.png"),
+        (str(folder / "rel.svs"), None, None),
     ]
 
 

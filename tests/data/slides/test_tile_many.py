@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from dinov2.data.datasets.path_map import PathMap
 from dinov2.data.locks import LockFile
 from dinov2.data.slides import tile
 from dinov2.data.slides.output_folder import OutputFolder
@@ -102,8 +104,57 @@ def test_another_recipe_is_an_error_or_redone(folder, finished, tmp_path):
 def test_a_slide_that_changed_is_noticed(folder, finished, tmp_path):
     changed = tmp_path / "first.tif"
     write_pyramid(changed, np.full((600, 600, 3), 240, np.uint8))
-    with pytest.raises(ConfigError, match=r"first \(slide bytes \d+ -> \d+\)"):
+    with pytest.raises(ConfigError, match=r"first \(slide bytes \d+ -> \d+, slide modified \S+ -> \S+\)"):
         run(finished[0], [SlideEntry("first", str(changed))])
+
+
+@pytest.fixture
+def masked(folder, tmp_path):
+    """A small slide with a mask, tiled, and how to look at it again under a path map."""
+    tmp_path = tmp_path / "data"
+    tmp_path.mkdir()
+    write_pyramid(tmp_path / "slide.tif", real_slide_picture()[1000:1500, :600], mpp=0.499)
+    Image.fromarray(np.full((50, 60), 255, np.uint8)).save(tmp_path / "mask.png")
+    table = tmp_path / "slides.csv"
+    table.write_text("path,mask\n/old/slide.tif,/old/mask.png\n")
+
+    def again(mapped=tmp_path, **options):
+        entries = list_slides(str(table), path_map=PathMap.parse(f"/old={mapped}"))
+        return run(tmp_path / "out", entries, **options)[1]
+
+    assert " tiles, " in again()[0]
+    return tmp_path, again
+
+
+DONE_ALREADY = ["1 of 1 slides are done or left out already"]
+
+
+@pytest.mark.parametrize(("file", "name"), [("slide.tif", "modified"), ("mask.png", "mask_modified")])
+def test_a_replaced_file_of_equal_size_is_noticed(masked, file, name):
+    data, again = masked
+    assert again() == DONE_ALREADY
+    os.utime(data / file, (0, 1_000_000_000))
+    with pytest.raises(ConfigError, match=rf"slide \(slide {name} 20\S+ -> 2001-09-09T01:46:40\+00:00\)"):
+        again()
+    assert "slide: " in again(redo=True)[0]
+    assert again() == DONE_ALREADY
+
+
+def test_machines_with_other_path_maps_agree(masked, tmp_path):
+    data, again = masked
+    (tmp_path / "mounted").symlink_to(data)
+    assert again(tmp_path / "mounted") == DONE_ALREADY
+    (data / "mask.png").unlink()  # what was done stays done
+    assert again() == DONE_ALREADY
+
+
+def test_older_records_stay_valid(masked):
+    data, again = masked
+    path = data / "out" / "state" / "slide.json"
+    record = json.loads(path.read_text())
+    source = {"bytes": record["source"]["bytes"], "mpp": None, "mask": str(data / "mask.png")}
+    path.write_text(json.dumps({**record, "source": source}))
+    assert again() == DONE_ALREADY
 
 
 def test_broken_slides_among_good_ones(folder, tmp_path):
@@ -142,11 +193,19 @@ def test_broken_slides_among_good_ones(folder, tmp_path):
     assert records["a_text"]["status"] == "failed"
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, process=None, seconds=120):
+    """Wait until something is so, as long as the process lives that is to bring it about."""
     end = time.monotonic() + seconds
     while not condition():
+        assert process is None or process.poll() is None, f"it ended with status {process.poll()}"
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.02)
+
+
+def test_nobody_waits_for_a_process_that_has_ended():
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
+    with process, pytest.raises(AssertionError, match="ended with status 7"):
+        wait_for(lambda: False, process)
 
 
 def tiles_in_work(output, slide):
@@ -185,11 +244,12 @@ def command(*arguments):
 def test_a_killed_run_leaves_no_half_slide_and_is_resumed(folder, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     arguments = ("--slides", folder / "first.svs", "--output", tmp_path, "--overlap", 184)
-    process = subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.DEVNULL)
-    wait_for(lambda: len(tiles_in_work(tmp_path, "first")) > 5)
-    worker = holder(tmp_path, "first")
-    process.kill()
-    process.wait()
+    with subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_for(lambda: len(tiles_in_work(tmp_path, "first")) > 5, process)
+            worker = holder(tmp_path, "first")
+        finally:
+            process.kill()
     wait_for(lambda: not Path(f"/proc/{worker}").exists())  # the worker ends by itself
     assert not (tmp_path / "patches" / "first").exists()
     assert not (tmp_path / "state" / "first.json").exists()
