@@ -2,7 +2,7 @@
 
 import time
 
-from dinov2.data.indexing.workers import results
+from dinov2.data.indexing import workers
 
 
 def _slowly(number):
@@ -10,10 +10,14 @@ def _slowly(number):
     return number
 
 
-def test_a_slow_taker_of_results_gets_all_of_them():
-    # All that is under way is done whenever the taker comes back, which once ended the loop early.
-    taken = []
-    for number in results(_slowly, [(number,) for number in range(300)], 2, lambda: None, processes=False):
-        taken.append(number)
-        time.sleep(0.005)
-    assert sorted(taken) == list(range(300))
+def test_no_result_is_lost_where_all_workers_are_done_before_they_are_waited_for(monkeypatch):
+    waiting = workers.wait
+
+    def wait_late(*arguments):  # as on a busy machine, where this thread has to wait for its turn
+        time.sleep(0.3)
+        return waiting(*arguments)
+
+    monkeypatch.setattr(workers, "wait", wait_late)
+    items = [(number,) for number in range(300)]
+    found = list(workers.results(_slowly, items, 2, lambda: None, processes=False))
+    assert sorted(found) == list(range(300))
