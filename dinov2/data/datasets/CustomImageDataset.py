@@ -60,6 +60,9 @@ class CustomImageDataset(ExtendedVisionDataset):
             logger.warning("test_size and random_state have no effect; use a column split in %s", extra)
         self._csv_path = extra
         header, rows = _read_rows(extra)
+        self.how_to_label = f'give "{extra}" a column "label"' + (
+            f" (its columns are {', '.join(header)})" if header else " and a header line"
+        )
         labels, self.classes = _number_labels(_column(header, rows, "label"), extra)
         keep = _lines_of_split(_column(header, rows, "split"), split, extra, len(rows))
         self.path_map = PathMap.of(path_map)
