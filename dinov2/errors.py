@@ -37,6 +37,10 @@ class ImageReadError(DatasetError, RuntimeError):
         self.reason = reason or message
 
 
+class UnsuitableImageError(ImageReadError):
+    """An image was read, but is not what the run needs, such as too small for its crops."""
+
+
 class UnreadableImagesError(DatasetError):
     """More images are unreadable than the run tolerates."""
 

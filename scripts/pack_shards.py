@@ -157,8 +157,9 @@ def pack(
         DatasetError: an image can not be read.
         OutputError: the folder can not be written, or images are missing in the end.
     """
-    if shard_size < 1 or processes < 1:
-        raise ConfigError(f"--shard-size is {shard_size} and --processes is {processes}; use 1 or more")
+    for option, value in (("--shard-size", shard_size), ("--processes", processes)):
+        if value < 1:
+            raise ConfigError(f"{option} is {value}; use 1 or more")
     dataset = make_dataset(dataset_str=dataset_str, path_map=PathMap.parse(path_map))
     if isinstance(dataset, MixtureDataset) and dataset.weights is not None:
         raise ConfigError(

@@ -123,7 +123,10 @@ class Key:
             converted = self._as_numbers(value) if kind is tuple else _as_kind(value, kind)
             if converted is not None and self._accepts(converted):
                 return converted
-        raise WrongValueError(f"is {describe(value)}, {self.wanted} is wanted")
+        form = (
+            ', such as "{/recorded: /here}"' if dict in self.kinds and self.path.endswith("path_map") else ""
+        )
+        raise WrongValueError(f"is {describe(value)}, {self.wanted} is wanted{form}")
 
     def _as_numbers(self, value: Any) -> list[float] | None:
         """Return a list of as many floats as the default has, None when it is not one."""

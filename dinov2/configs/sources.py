@@ -71,6 +71,11 @@ def override_settings(overrides: list[str]) -> tuple[list[Setting], list[str]]:
             problems.append(
                 f'the override "{override}" is not of the form key=value, such as optim.base_lr=2e-4'
             )
+        elif ":" in name:
+            problems.append(
+                f'the override "{override}" looks like a piece of a dataset string, which the shell divides '
+                "at spaces: put the whole override in quotes, 'train.dataset_path=...'"
+            )
         elif KEYS.get(name) is not None and KEYS[name].takes_text:
             settings.append(Setting(name, _text(value, KEYS[name].kinds), "command line"))
         else:

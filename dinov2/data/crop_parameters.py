@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from dinov2.data.random_stream import RandomStream
-from dinov2.errors import ImageReadError
+from dinov2.errors import UnsuitableImageError
 
 JITTER_CENTERS = (1.0, 1.0, 1.0, 0.0)  # brightness, contrast, saturation, hue that change nothing
 BLUR_SIGMA = (0.1, 2.0)  # pixels
@@ -76,16 +76,16 @@ class CropRecipe:
         Regions larger than the image are left out: the upper limit ends at 1.
 
         Raises:
-            ImageReadError: the image is smaller than the smallest region.
+            UnsuitableImageError: the image is smaller than the smallest region.
         """
         if self.scale_reference == "image":
             return self.scale
         low, high = (scale * self.size**2 / (width * height) for scale in self.scale)
         if low > 1:
-            raise ImageReadError(
-                f"the image has {width} x {height} pixels, less than the {self.scale[0] * self.size**2:.0f} "
-                "of the smallest crop region (crops.scale_reference=crop): use larger tiles, or lower the "
-                "scales"
+            side = math.ceil(self.size * math.sqrt(self.scale[0]))
+            raise UnsuitableImageError(
+                f"the image has {width} x {height} pixels, a smaller area than the {side} x {side} of the "
+                "smallest crop region (crops.scale_reference=crop): use larger tiles, or lower the scales"
             )
         return low, min(high, 1.0)
 
@@ -147,7 +147,7 @@ def draw_crop(recipe: CropRecipe, width: int, height: int, stream: RandomStream)
     """Decide about one crop of an image of ``width`` x ``height`` pixels.
 
     Raises:
-        ImageReadError: the image is too small for the recipe.
+        UnsuitableImageError: the image is too small for the recipe.
     """
     box = draw_box(recipe, width, height, stream)
     flip_horizontal = _happens(stream, recipe.horizontal_flip_prob)

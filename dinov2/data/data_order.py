@@ -32,6 +32,7 @@ from torch.utils.data import Sampler
 from dinov2.data.pass_orders import SharedPasses, WholePasses, draw
 from dinov2.data.samplers import InfiniteSampler, ShardedInfiniteSampler
 from dinov2.errors import WeightsError
+from dinov2.utils.log_once import log_once
 
 logger = logging.getLogger("dinov2")
 
@@ -252,10 +253,11 @@ class OrderSampler(Sampler[int]):
         else:
             self._following = ShardedInfiniteSampler(**self._options, **place, advance_per_rank=True)
         if self._share:
-            logger.info(
-                "the number of processes has changed: the %d samples that the passes before number %d lack "
-                "come first, %d of them in this process",
-                *(len(self.rest), self.rest.next_pass, len(self._share)),
+            log_once(
+                logging.INFO,
+                "the number of processes has changed since the last checkpoint: the "
+                f"{len(self.rest)} samples that were still to come in the passes begun are drawn first, "
+                f"{len(self._share)} of them by this process",
             )
 
     def __iter__(self) -> Iterator[int]:

@@ -25,7 +25,7 @@ _QUOTED_VALUE = r""":[A-Za-z_]\w*=(?:"[^"]*"|'[^']*')"""
 _NUMBER = re.compile(r"(\d{1,15}(\.\d{0,15})?|\.\d{1,15})([eE]-?\d{1,2})?", re.ASCII)
 # A plus that may have been meant to separate: something like a name, or a weight, stands behind it.
 _UNSPLIT = re.compile(r"\+\s*(?:[^\s:+*/]*\*)?\s*([A-Za-z_]\w*)\s*(?=[:+]|$)", re.ASCII)
-_HELP = 'write Name:key=value:key=value, and put a value that holds ":" in quotes'
+_HELP = 'write Name:key=value:key=value, and put a value that holds ":" in quotes, or write %3A for it'
 
 
 class MixturePart(NamedTuple):

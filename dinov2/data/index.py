@@ -67,7 +67,7 @@ def name_patches_folder(root: str, patches: str) -> None:
         DatasetError: the patches folder is missing.
         OutputError: the file can not be written.
     """
-    existing_folder(patches, dataset="Pathology", key="--patches")
+    existing_folder(patches, dataset="the index builder", key="--patches")
     folder = str(Path(patches).absolute())
     path = Path(root, "entry.csv")
     if path.exists():

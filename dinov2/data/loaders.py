@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from fractions import Fraction
@@ -150,7 +151,7 @@ def _typed_options(dataset_class: type, options: dict[str, str]) -> dict[str, An
         if key not in accepted:
             raise DatasetError(
                 f'{dataset_class.__name__} does not know the key "{key}"{nearest(key, accepted)}; accepted '
-                f"are {', '.join(accepted)}"
+                f'are {", ".join(accepted)}; a value that holds ":" goes in quotes, or has %3A for it'
             )
     missing = [key for key, p in accepted.items() if p.default is p.empty and key not in options]
     if missing:
@@ -282,18 +283,21 @@ def make_data_loader(
             "multiprocessing_context": multiprocessing_context,
             "timeout": timeout,
         }
-    loader = WatchedLoader(
-        dataset,
-        sampler=sampler,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        # Page-locked memory only serves copies to an accelerator; without one PyTorch warns.
-        pin_memory=torch.cuda.is_available(),
-        drop_last=drop_last,
-        collate_fn=collate_fn,
-        worker_init_fn=seed_worker,
-        generator=worker_generator(seed if worker_seed is None else worker_seed, sampler_advance),
-        **worker_options,
-    )
+    with warnings.catch_warnings():
+        # More processes than cores pay off where storage is slow; PyTorch warns of them with every loader.
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader = WatchedLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            # Page-locked memory only serves copies to an accelerator; without one PyTorch warns.
+            pin_memory=torch.cuda.is_available(),
+            drop_last=drop_last,
+            collate_fn=collate_fn,
+            worker_init_fn=seed_worker,
+            generator=worker_generator(seed if worker_seed is None else worker_seed, sampler_advance),
+            **worker_options,
+        )
     logger.debug("data loader: %d samples, batches of %d, %s", len(dataset), batch_size, sampler_type)
     return loader

@@ -24,10 +24,9 @@ from dinov2.data.pass_orders import (
     has_recorded_order,
 )
 from dinov2.errors import DatasetError
+from dinov2.utils.log_once import log_once
 
 __all__ = ["RECORDED_ORDER_LIMIT", "EpochSampler", "InfiniteSampler", "ShardedInfiniteSampler"]
-
-logger = logging.getLogger("dinov2")
 
 
 class EpochSampler(Sampler[int]):
@@ -178,9 +177,10 @@ class ShardedInfiniteSampler(Sampler[int]):
         self._per_pass = SharedPasses(*self._options).length(self._start, self._step)
         left_out = sample_count % self._step
         if shuffle and left_out and not reshuffle_globally:
-            logger.warning(
-                "%d of %d samples are never drawn: they do not divide evenly between %d processes",
-                *(left_out, sample_count, self._step),
+            log_once(
+                logging.WARNING,
+                f"the {sample_count} samples do not divide evenly between {self._step} processes: a pass "
+                f"draws all but {left_out}, and every pass leaves out the same",
             )
         passes, rest = divmod(advance, self._per_pass if advance_per_rank else sample_count)
         more_passes, self._offset = divmod(rest, self._per_pass)

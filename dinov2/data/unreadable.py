@@ -6,14 +6,23 @@ A worker replaces an unreadable sample (:func:`read_or_replace`) and hands the f
 """
 
 import csv
+import errno
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinov2 import distributed
-from dinov2.errors import ImageReadError, OutputError, UnreadableImagesError, printable, some_of
+from dinov2.errors import (
+    ImageReadError,
+    OutputError,
+    UnreadableImagesError,
+    UnsuitableImageError,
+    printable,
+    some_of,
+)
 from dinov2.utils.seeding import derive_seed
 
 logger = logging.getLogger("dinov2")
@@ -26,6 +35,7 @@ MAX_ATTEMPTS = 32  # with half of all images unreadable, 1 in 4 billion draws en
 LISTED = 5  # paths in an error
 LOGGED = 10  # failures with a log line of their own, then only sums
 TOLERATED = 10  # failures that no limit but 0 stops at, see `allowed_failures`
+MISSING = os.strerror(errno.ENOENT).lower()
 MAX_ROWS = 100_000  # of the file, some 15 MB
 
 
@@ -72,21 +82,38 @@ def read_or_replace(read: Callable[[int], Any], index: int, replace: Callable[[i
         UnreadableImagesError: ``MAX_ATTEMPTS`` replacements are unreadable, too.
     """
     failures: list[Failure] = []
-    first = index
+    first, suitable = index, True
     for attempt in range(1, MAX_ATTEMPTS + 2):
         try:
             return Draw(read(index), failures)
         except ImageReadError as error:
+            suitable = suitable and not isinstance(error, UnsuitableImageError)
             failures.append(Failure(error.path or f"sample {index}", " ".join(error.reason.split())))
         index = replace(attempt)
     raise UnreadableImagesError(
-        f"can not read image for sample {first}, nor one of {MAX_ATTEMPTS} others drawn in its place: "
-        f"{_listed(failures)}; see whether the storage is there and its files are whole"
+        f"can not {'read' if suitable else 'use'} image for sample {first}, nor one of {MAX_ATTEMPTS} others "
+        f"drawn in its place: {_listed(failures)}{_advice(failures) if suitable else ''}"
     )
 
 
 def _listed(failures: Sequence[Failure]) -> str:
-    return some_of(dict.fromkeys(failures), LISTED)
+    """Name some of the images with their reasons; a reason that all share is said once."""
+    distinct = list(dict.fromkeys(failures))
+    if len(distinct) == 1 or len({failure.reason for failure in distinct}) > 1:
+        return some_of(distinct, LISTED)
+    return printable(
+        f"{distinct[0].reason} (so with all {len(distinct)} different images, such as {distinct[0].path})"
+    )
+
+
+def _advice(failures: Sequence[Failure]) -> str:
+    advice = "; see whether the storage is there and its files are whole"
+    if any(failure.reason == MISSING for failure in failures):
+        advice += (
+            "; the index may be older than the tiles: that of Pathology is built again with python -m "
+            "dinov2.data.index"
+        )
+    return advice
 
 
 class CollateDraws:
@@ -131,7 +158,7 @@ class UnreadableImages:
         self.limit = limit
         self.failures = 0  # of all processes, since this start of the run
         self.samples = 0  # delivered, likewise
-        self._first: list[Failure] = []
+        self._first: dict[str, Failure] = {}  # by path
         self._rows = -1  # of the file; -1 until it is opened
         self._reported = 0
 
@@ -159,7 +186,9 @@ class UnreadableImages:
         self.failures += total
         by_rank = distributed.all_gather_objects(list(failures))
         found = [failure for of_rank in by_rank for failure in of_rank]
-        self._first += found[: LISTED - len(self._first)]
+        for failure in found:
+            if len(self._first) < LISTED:
+                self._first.setdefault(failure.path, failure)
         if distributed.is_main_process():
             self._log(iteration, found)
             self._write(iteration, by_rank)
@@ -180,9 +209,10 @@ class UnreadableImages:
 
     def _verdict(self) -> str:
         allowed = int(allowed_failures(self.limit, self.draws))
+        first = ", ".join(map(str, self._first.values()))
         return (
             f"{self._sums()}, and train.max_bad_fraction {self.limit:g} allows {allowed} by now; "
-            f'the first are {", ".join(map(str, self._first))}; "{self.path}" lists all: mend them, leave '
+            f'the first are {first}; "{self.path}" lists all: mend them, leave '
             "them out of the index, or raise train.max_bad_fraction"
         )
 

@@ -31,10 +31,17 @@ def make_labelled_dataset(
     target = dataset.get_target(0) if hasattr(dataset, "get_target") else dataset[0][1]
     if target is None:
         raise DatasetError(
-            f'the dataset "{dataset_str}" has no labels, which evaluation compares predictions with: use '
-            "a dataset with classes, such as ImageFolder:root=<folder with one subfolder per class>"
+            f'the dataset "{dataset_str}" has no labels, which evaluation compares predictions with: '
+            f"{_label_advice(dataset)}"
         )
     return dataset
+
+
+def _label_advice(dataset: Dataset) -> str:
+    """Return how a dataset comes by labels, in its own words where it has any."""
+    own = getattr(dataset, "how_to_label", "")
+    general = "use a dataset with classes, such as ImageFolder:root=<folder with one subfolder per class>"
+    return f"{own}, or {general}" if own else general
 
 
 def check_same_classes(train_dataset: Dataset, other_dataset: Dataset) -> None:

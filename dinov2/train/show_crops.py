@@ -69,8 +69,9 @@ def show_crops(args: argparse.Namespace, path: Path, *, num_tiles: int = 4, firs
         ConfigError: the config is wrong, a number out of range, or no picture format has the suffix.
         OutputError: the file cannot be written.
     """
-    if num_tiles < 1 or first < 0:
-        raise ConfigError(f"--tiles is {num_tiles} and --iteration {first}; use at least 1 and at least 0")
+    for option, value, least in (("--tiles", num_tiles, 1), ("--iteration", first, 0)):
+        if value < least:
+            raise ConfigError(f"{option} is {value}; use at least {least}")
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise ConfigError(f"no picture can be written as {path.name!r}; let its name end in .png")
     cfg = get_cfg_from_args(args)

@@ -5,9 +5,15 @@ import io
 import pytest
 from PIL import Image
 
+from dinov2.utils.log_once import log_once
 from tests.conftest import REAL_DATA
 
 TILE = 96  # pixels
+
+
+@pytest.fixture(autouse=True)
+def _nothing_logged_yet():
+    log_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def test_patches_writes_an_entry_csv_and_never_replaces_one(tile_tree, capsys):
     with pytest.raises(ConfigError, match="leave --patches out"):
         index.main(["--patches", str(tile_tree), "--extra", str(tile_tree / "extra")])
     assert (tile_tree / "extra" / "entry.csv").read_bytes() == before
-    with pytest.raises(DatasetError, match="--patches of Pathology is .* no folder"):
+    with pytest.raises(DatasetError, match="--patches of the index builder is .* no folder"):
         index.main(["--patches", str(tile_tree / "none"), "--extra", str(tile_tree / "other")])
 
 

@@ -20,10 +20,11 @@ from dinov2.data.unreadable import (
     Failure,
     UnreadableImages,
     allowed_failures,
+    read_or_replace,
     replacement,
 )
 from dinov2.data.workers import worker_options
-from dinov2.errors import ImageReadError, UnreadableImagesError
+from dinov2.errors import ImageReadError, UnreadableImagesError, UnsuitableImageError
 from dinov2.train.input import PositionSampler, ReproducibleDraws, ReproducibleSamples
 from tests.distributed.launch import run_in_processes
 
@@ -145,8 +146,32 @@ def test_when_nothing_can_be_read_it_ends_with_a_list(workers):
         next(iter(loader(workers, dataset=Tiles(bad=frozenset(range(COUNT))))))
     text = str(caught.value)
     assert text.startswith(f"can not read image for sample 1, nor one of {MAX_ATTEMPTS} others")
-    assert "/tiles/1\t.png (cut off)" in text
+    assert text.count("cut off") == 1 and "such as /tiles/1\t.png" in text
+    assert "storage" in text and "dinov2.data.index" not in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ImageReadError("", path="/a", reason="no such file or directory"), "older than the tiles"),
+        (UnsuitableImageError("", path="/a", reason="too small: use larger tiles"), "can not use image"),
+    ],
+)
+def test_the_advice_fits_the_reason(error, expected):
+    def read(index):
+        raise error
+
+    with pytest.raises(UnreadableImagesError, match=expected) as caught:
+        read_or_replace(read, 0, lambda attempt: attempt)
+    assert ("storage" in str(caught.value)) == (type(error) is ImageReadError)
+
+
+def test_the_verdict_names_each_image_once(tmp_path):
+    images = UnreadableImages(tmp_path, 0.001)
+    with pytest.raises(UnreadableImagesError) as caught:
+        images.update(0, [Failure("/a.png", "cut off")] * 11, samples=1, total=11)
+    assert str(caught.value).count("/a.png") == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -66,6 +66,9 @@ class CustomImageDataset(ExtendedVisionDataset):
             raise DatasetError(
                 f'"{extra}" holds {holds}: give it a header line, such as path, and one image a line below it'
             )
+        self.how_to_label = f'give "{extra}" a column "label"' + (
+            f" (its columns are {', '.join(header)})" if header else " and a header line"
+        )
         labels, self.classes = _number_labels(_column(header, rows, "label"), extra)
         keep = _lines_of_split(_column(header, rows, "split"), split, extra, len(rows))
         self.path_map = PathMap.of(path_map)

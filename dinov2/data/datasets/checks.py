@@ -20,8 +20,17 @@ def existing_folder(path: str, *, dataset: str, key: str, recorded: str = "") ->
         origin = mapped_from(recorded or path, path)
         raise DatasetError(
             f'the {key} of {dataset} is "{path}"{origin}, which is no folder: give the path of one'
+            f"{_hint(path, recorded)}"
         )
     return str(path)
+
+
+def _hint(path: str, recorded: str) -> str:
+    if path.rstrip().endswith("+"):
+        return ', and leave out the "+" at its end, behind which another dataset would have to follow'
+    if recorded:  # by a file, perhaps on another machine
+        return ", or say with path_map (train.path_map in a config) where recorded folders lie here"
+    return ""
 
 
 def member_of(splits: type[SplitT], value: str | SplitT, *, dataset: str) -> SplitT:

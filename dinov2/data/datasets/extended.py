@@ -11,10 +11,12 @@ from torchvision.datasets import VisionDataset
 
 from dinov2.data.datasets.decoders import Decoder, ImageDataDecoder, TargetDecoder
 from dinov2.data.loader_errors import lacking_resource
-from dinov2.errors import DataLoadingError, ImageReadError, UserError
+from dinov2.errors import DataLoadingError, ImageReadError, UnsuitableImageError, UserError
 
 # What reading and unpacking raise when the stored data are at fault. Other errors are the program's own.
 UNREADABLE = (OSError, EOFError, ValueError, struct.error, zlib.error, lzma.LZMAError, tarfile.TarError)
+
+_MEND = "mend it, or leave it out of the dataset"
 
 
 class ExtendedVisionDataset(VisionDataset):
@@ -86,12 +88,13 @@ class ExtendedVisionDataset(VisionDataset):
         advice = lacking_resource(error)
         if advice:
             return DataLoadingError(f"{sample}: {advice}")
-        if isinstance(error, ImageReadError):
-            return ImageReadError(f"{sample}: {error.reason}", path=path, reason=error.reason)
-        reason = f"{type(error).__name__}: {_without_path(error)}"
-        if isinstance(error, UNREADABLE):
-            return ImageReadError(f"{sample}: {reason}", path=path, reason=reason)
-        return RuntimeError(f"{sample}: {reason}")
+        if isinstance(error, UnsuitableImageError):  # its reason ends in what to do
+            sentence = f"{sample.replace('read', 'use', 1)}: {error.reason}"
+            return UnsuitableImageError(sentence, path=path, reason=error.reason)
+        if isinstance(error, (ImageReadError, *UNREADABLE)):
+            reason = error.reason if isinstance(error, ImageReadError) else _reason(error)
+            return ImageReadError(f"{sample}: {reason}; {_MEND}", path=path, reason=reason)
+        return RuntimeError(f"{sample}: {_reason(error)}")
 
     def _path_or_nothing(self, index: int) -> str:
         try:
@@ -100,6 +103,8 @@ class ExtendedVisionDataset(VisionDataset):
             return ""
 
 
-def _without_path(error: Exception) -> str:
-    """The system's words alone: the path stands in front of them already."""
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+def _reason(error: Exception) -> str:
+    """Return the system's words alone, as the path stands in front of them already, or the error's own."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[:1].lower() + error.strerror[1:]
+    return f"{type(error).__name__}: {error}"

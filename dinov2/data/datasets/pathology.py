@@ -19,6 +19,7 @@ from dinov2.data.datasets.checks import existing_folder, member_of
 from dinov2.data.datasets.csv_text import csv_lines
 from dinov2.data.datasets.extended import ExtendedVisionDataset
 from dinov2.data.datasets.path_map import SSHID_PATH_MAPS, PathMap
+from dinov2.data.datasets.stale_index import warn_if_stale
 from dinov2.data.datasets.tile_index import ENTRY_DTYPE, IndexFiles, SlideNames, read_slide_names
 from dinov2.data.indexing.build import BuildReport, build_index
 from dinov2.data.indexing.names import tile_name
@@ -82,6 +83,7 @@ class Pathology(ExtendedVisionDataset):
         build += f" --sshid {sshid}" if sshid else ""
         build += f" --path-map {path_map}" if path_map and isinstance(path_map, str) else ""
         self._files = IndexFiles(extra, self._split.name)
+        self._build = build
         self._entries = IndexArray(self._files.entries, build, ENTRY_DTYPE.names)
         self._slides: list[SlideNames] | None = None
 
@@ -99,6 +101,8 @@ class Pathology(ExtendedVisionDataset):
         if count and self._slides is None:
             # Stray files left junk in the last rows of the forks' indices: better found now than in a run.
             self.get_image_path(count - 1)
+            again = self._build.replace("build it", "build it again", 1)
+            warn_if_stale(self._entries.path, count, self._slide_folder, again)
         return count
 
     def get_image_path(self, index: int) -> str:
@@ -119,6 +123,9 @@ class Pathology(ExtendedVisionDataset):
         slide = slides[folder_number].names[slide_number]
         name = tile_name(slide, int(entry["actual_index"]), slides[folder_number].suffix(slide_number))
         return f"{self._folders[folder_number]}/{slide}/{name}"
+
+    def _slide_folder(self, index: int) -> str:
+        return self.get_image_path(index).rpartition("/")[0]
 
     def get_image_data(self, index: int) -> bytes:
         """Return the encoded image of a tile."""
@@ -155,7 +162,7 @@ class Pathology(ExtendedVisionDataset):
         # The forks' rule of thumb: 100 epochs on four processes with 128 images are one pass, in steps of 50.
         suggestion = math.ceil(report.tiles // (128 * 4 * 100) / 50) * 50
         if suggestion:
-            logger.info(
+            logger.debug(
                 "for this number of tiles the forks would suggest train.OFFICIAL_EPOCH_LENGTH=%d", suggestion
             )
         return report

@@ -115,6 +115,8 @@ class Slides(ExtendedVisionDataset):
             sources = with_coordinate_files(sources, existing_folder(coords, dataset="Slides", key="coords"))
         self._table = open_tile_table(sources, spec, extra or _default_folder())
         self._pool = SlidePool(open_slides, backend)
+        what = f'give "{manifest}"' if manifest else "give a CSV file as manifest=, with a column path and"
+        self.how_to_label = f'{what} a column "label"'
         self._size, self._balance, self._random_offset = size, balance, random_offset
         self._per_slide = tiles_per_slide
         if balance == "slide" and not tiles_per_slide:

@@ -217,6 +217,11 @@ def _no_tiles(folders: list[str], records: Records, files: IndexFiles) -> str:
         for name, _ in record.skipped
         if name
     )
+    if any(slide.endswith(".h5") for _, slide in records):
+        return (
+            f"{some_of(folders, 3)} holds files .h5 with coordinates, but no tiles: read the tiles from the "
+            "slides, with the dataset Slides:root=<folder of the slides>:coords=<folder of the .h5 files>"
+        )
     listed = ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(REASONS_SHOWN))
     return (
         f"Pathology finds no tile <slide>/<slide>_patch_<number>({'|'.join(SUFFIXES)}) "

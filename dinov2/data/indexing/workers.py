@@ -7,7 +7,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any
@@ -80,12 +87,16 @@ def _shared(
     tick: Callable[[], None],
 ) -> Iterator[Any]:
     starts = iter(range(0, len(items), chunk))
+
+    def submit(count: int) -> set[Future]:
+        return {pool.submit(_call_all, function, items[i : i + chunk]) for i in islice(starts, count)}
+
     try:
-        pending = {pool.submit(_call_all, function, items[i : i + chunk]) for i in islice(starts, workers)}
+        pending = submit(_CHUNKS_AHEAD * workers)
         while pending:
-            for i in islice(starts, max(0, _CHUNKS_AHEAD * workers - len(pending))):
-                pending.add(pool.submit(_call_all, function, items[i : i + chunk]))
             finished, pending = wait(pending, TICK_SECONDS, FIRST_COMPLETED)
+            # Before the results are handed on: all may have finished, and the loop ends without any pending.
+            pending |= submit(_CHUNKS_AHEAD * workers - len(pending))
             for future in finished:
                 yield from future.result()
             tick()

@@ -159,7 +159,8 @@ def test_pickles_without_its_rows(files):
     before = len(pickle.dumps(dataset))
     dataset.get_image_data(3)
     dataset.get_targets().sum()
-    assert len(pickle.dumps(dataset)) == before
+    # What the index was when it was opened comes along: an inode, a size and a time.
+    assert len(pickle.dumps(dataset)) <= before + 64
     assert pickle.loads(pickle.dumps(dataset)).get_image_data(3) == dataset.get_image_data(3)
 
 

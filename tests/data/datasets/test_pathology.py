@@ -362,3 +362,18 @@ def test_no_targets(tile_tree):
     assert dataset.get_target(0) is None
     with pytest.raises(DatasetError, match="Pathology has no labels"):
         dataset.get_targets()
+
+
+def test_tiles_made_anew_after_the_index_are_told(tile_tree, caplog):
+    opened(tile_tree).dump_extra()
+    assert len(opened(tile_tree)) == 8
+    assert "older than the tiles" not in caplog.text
+    index = tile_tree / "entries-TRAIN.npy"
+    later = index.stat().st_mtime + 60
+    os.utime(tile_tree / "patches" / "slide_a", (later, later))
+    for _ in range(2):
+        len(opened(tile_tree))
+    told = [record.getMessage() for record in caplog.records if "older than the tiles" in record.getMessage()]
+    assert len(told) == 1
+    assert f'"{tile_tree}/patches/slide_a" (1 of 3 ' in told[0]
+    assert "build it again with python -m dinov2.data.index" in told[0]
