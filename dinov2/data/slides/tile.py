@@ -8,13 +8,14 @@ from collections import Counter
 from dinov2 import cli
 from dinov2.data.datasets.path_map import PathMap
 from dinov2.data.slides.grid import EDGES
+from dinov2.data.slides.next_step import next_step, outdated_indexes
 from dinov2.data.slides.output_folder import OutputFolder
 from dinov2.data.slides.recipe import FORMATS, TilingRecipe
 from dinov2.data.slides.slide_list import SlideEntry, list_slides
 from dinov2.data.slides.tile_many import TilingRun, run_all
 from dinov2.data.slides.tiling import open_entry, survey
 from dinov2.data.slides.tissue import SegmentationSettings
-from dinov2.errors import ConfigError, UserError
+from dinov2.errors import ConfigError, UserError, counted, some_of
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -88,18 +89,31 @@ def main(arguments: list[str] | None = None) -> None:
     if args.workers < 1:
         raise ConfigError(f"--workers is {args.workers}; it takes 1 or more")
     entries = list_slides(args.slides, path_map=PathMap.parse(args.path_map))
+    run = TilingRun(entries, recipe, OutputFolder(args.output), args.backend, args.workers, args.redo)
     if args.dry_run:
         failed = sum(not _preview(entry, recipe, args.backend) for entry in entries if entry.process)
     else:
-        run = TilingRun(entries, recipe, OutputFolder(args.output), args.backend, args.workers, args.redo)
         records = run_all(run, cli.say)
-        counts = Counter(record["status"] for record in records)
-        total = sum(record.get("n_tiles", 0) for record in records)
-        listed = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-        cli.say(f"{total} tiles; slides: {listed}; see {args.output}/summary.csv")
-        failed = counts["failed"]
+        failed = sum(record["status"] == "failed" for record in records)
+        _conclude(run, records, args.slides)
     if failed and not args.skip_errors:
         sys.exit(1)
+
+
+def _conclude(run: TilingRun, records: list[dict], slides: str) -> None:
+    """Say what there is now and what comes next."""
+    counts = Counter(record["status"] for record in records)
+    total = sum(record.get("n_tiles", 0) for record in records)
+    listed = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    cli.say(f"{counted(total, 'tile')}; slides: {listed}; see {run.output.root}/summary.csv")
+    if total:
+        cli.say(next_step(run.output, run.recipe, slides, run.entries))
+    outdated = [] if run.recipe.coords_only else outdated_indexes(run.output)
+    if outdated:
+        cli.say(
+            f"WARNING: {some_of(outdated, 3)} was built before tiles were made or removed: training would "
+            "use the tiles it lists; build it again"
+        )
 
 
 def _preview(entry: SlideEntry, recipe: TilingRecipe, backend: str) -> bool:

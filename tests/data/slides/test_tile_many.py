@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dinov2.data import index, make_dataset
 from dinov2.data.locks import LockFile
 from dinov2.data.slides import tile
 from dinov2.data.slides.output_folder import OutputFolder
@@ -82,7 +84,7 @@ def test_a_rerun_does_nothing(folder, finished):
     output, _, _ = finished
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*.jpeg")}
     _, lines = run(output, list_slides(str(folder)))
-    assert lines == ["3 of 3 slides are done or left out already"]
+    assert lines == ["3 of 3 slides done or left out already"]
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.jpeg")} == before
 
 
@@ -225,7 +227,7 @@ def test_two_runs_share_a_list(folder, finished, tmp_path):
         results = [future.result()[0] for future in runs]
     status = [{name: record["status"] for name, record in records.items()} for records in results]
     assert all(set(names.values()) <= {"done", "skipped"} for names in status)
-    assert all("done" in (first, second) for first, second in zip(*(s.values() for s in status), strict=True))
+    assert all("done" in (status[0][name], status[1][name]) for name in ("first", "second", "third"))
     assert content(tmp_path) == content(finished[0])
     assert {row["status"] for row in summary(tmp_path).values()} == {"done"}
 
@@ -268,3 +270,37 @@ def test_the_command(folder, tmp_path, capsys):
 def test_the_command_line_has_the_defaults_of_the_recipe():
     args = tile.get_args_parser().parse_args(["--slides", "x", "--output", "y"])
     assert tile.recipe_of(args) == TilingRecipe()
+
+
+def test_the_command_names_the_next_step_and_an_outdated_index(folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = ["--slides", str(folder / "first.svs"), "--output", str(output), "--max-tiles"]
+    tile.main([*arguments, "1"])
+    shown = capsys.readouterr().out
+    assert "[1/1] first: 1 tile, " in shown and "\n1 tile; slides: 1 done; " in shown
+    assert f"python -m dinov2.data.index --root {output} --extra {output}\n" in shown
+    index.main(["--root", str(output), "--extra", str(output)])
+    capsys.readouterr()
+    tile.main([*arguments, "1"])  # nothing to do: the index is good
+    shown = capsys.readouterr().out
+    assert "dinov2.data.index" in shown and "WARNING" not in shown
+    tile.main([*arguments, "2", "--redo"])
+    shown = capsys.readouterr().out
+    assert f"WARNING: {output}/entries-TRAIN.npy was built before" in shown
+    index.main(["--root", str(output), "--extra", str(output)])
+    capsys.readouterr()
+    tile.main([*arguments, "2"])
+    assert "WARNING" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["folder", "file", "csv"])
+def test_the_next_step_of_coordinates_is_a_dataset(source, folder, tmp_path, capsys):
+    table = tmp_path / "slides.csv"
+    table.write_text(f"path\n{folder}/first.svs\n")
+    slides = {"folder": folder, "file": folder / "first.svs", "csv": table}[source]
+    output = tmp_path / "a:b"
+    tile.main(["--slides", str(slides), "--output", str(output), "--coords-only", "--size", "256"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    dataset = shlex.split(line.partition("train.dataset_path=")[2])[0]
+    found = make_dataset(dataset_str=f"{dataset}:extra={tmp_path}/extra")
+    assert found[0][0].size == (256, 256)
