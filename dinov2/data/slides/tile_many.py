@@ -75,14 +75,18 @@ def describe(record: dict) -> str:
     """Return one line about a slide."""
     if record["status"] in DONE:
         tiles = counted(record["n_tiles"], "tile")
-        return (
-            f"{record['slide']}: {tiles}, {record['tissue_mm2']:g} mm2 of tissue, {record['seconds']:.1f} s"
-        )
+        lack = f"; {record['error']}" if record.get("error") else ""
+        tissue = f"{record['tissue_mm2']:g} mm2 of tissue"
+        return f"{record['slide']}: {tiles}, {tissue}, {record['seconds']:.1f} s{lack}"
     return f"{record['slide']}: {record['status']}, {record['error']}"
 
 
 def sort_out(run: TilingRun) -> tuple[list[SlideEntry], list[dict]]:
-    """Return the slides to do and the records of the others."""
+    """Return the slides to do and the records of the others.
+
+    Raises:
+        ConfigError: a slide has been done by another recipe, and ``redo`` is off.
+    """
     todo, records, others = [], [], []
     for entry in run.entries:
         if not entry.process:

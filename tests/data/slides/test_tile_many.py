@@ -111,12 +111,14 @@ def test_a_slide_that_changed_is_noticed(folder, finished, tmp_path):
 def test_broken_slides_among_good_ones(folder, tmp_path):
     good = list_slides(str(folder))
     (tmp_path / "text.svs").write_text("no slide")
+    (tmp_path / "nothing.svs").touch()
     cut = (folder / "third.tif").read_bytes()
     (tmp_path / "cut.tif").write_bytes(cut[: len(cut) // 2])
     entries = [
         SlideEntry("a_text", str(tmp_path / "text.svs")),
         good[0],
         SlideEntry("cut", str(tmp_path / "cut.tif")),
+        SlideEntry("nothing", str(tmp_path / "nothing.svs")),
         SlideEntry("gone", str(tmp_path / "gone.svs")),
         SlideEntry("left_out", str(tmp_path / "gone.svs"), process=False),
         good[1],
@@ -129,9 +131,14 @@ def test_broken_slides_among_good_ones(folder, tmp_path):
         "first": "done",
         "cut": "failed",
         "gone": "failed",
+        "nothing": "failed",
         "left_out": "skipped",
         "second": "done",
     }
+    assert 'nothing.svs" is empty: copy it again, or take it off the list' in records["nothing"]["error"]
+    for name in ("a_text", "cut"):
+        assert records[name]["error"].endswith("copy it again, or take it off the list")
+        assert "damaged" in records[name]["error"] and "Error" not in records[name]["error"]
     assert "gone.svs" in records["gone"]["error"] and "is missing" in records["gone"]["error"]
     assert sorted(path.name for path in (output / "patches").iterdir()) == ["first", "second"]
     assert list((output / ".work").iterdir()) == []
@@ -304,3 +311,52 @@ def test_the_next_step_of_coordinates_is_a_dataset(source, folder, tmp_path, cap
     dataset = shlex.split(line.partition("train.dataset_path=")[2])[0]
     found = make_dataset(dataset_str=f"{dataset}:extra={tmp_path}/extra")
     assert found[0][0].size == (256, 256)
+
+
+def test_a_dry_run_knows_what_is_done(folder, finished, capsys):
+    arguments = ["--slides", str(folder), "--output", str(finished[0]), "--dry-run"]
+    arguments += ["--min-tissue", "0.5", "--max-tiles"]
+    tile.main([*arguments, "12"])
+    assert capsys.readouterr().out == "3 of 3 slides done or left out already; to do: 0\n"
+    with pytest.raises(ConfigError, match=r"first \(max_tiles 12 -> 1\).*--redo"):
+        tile.main([*arguments, "1"])
+    tile.main([*arguments, "1", "--redo"])
+    assert "first: made again: 2220 x 2967 px" in capsys.readouterr().out
+
+
+def test_a_tile_larger_than_the_slide(folder, tmp_path, capsys):
+    arguments = ["--slides", str(folder / "first.svs"), "--output", str(tmp_path / "out"), "--size", "5000"]
+    message = (
+        "a tile of 5000 px at 0.5 um is 5000 px of the slide wide, and the scanned area is 2220 x 2967 px"
+    )
+    tile.main([*arguments, "--dry-run"])
+    assert message in capsys.readouterr().out
+    tile.main(arguments)
+    assert message in capsys.readouterr().out
+    assert message in summary(tmp_path / "out")["first"]["error"]
+
+
+def test_mistakes_on_the_command_line(folder, tmp_path, capsys):
+    arguments = ["--slides", str(folder), "--output", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match='the slide backend is "bioformats"; accepted are auto, openslide'):
+        tile.main([*arguments, "--backend", "bioformats"])
+    assert not (tmp_path / "out").exists()
+    shown = subprocess.run(
+        [sys.executable, "scripts/tile_slides.py", *arguments, "--typo"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 2
+    assert shown.stderr.splitlines()[1:] == ["scripts/tile_slides.py: error: unrecognized arguments: --typo"]
+    assert tile.get_args_parser().parse_args([*arguments, "--format", "jpg"]).format == "jpeg"
+
+
+def test_a_damaged_slide_fails_without_a_line_from_the_library(folder, tmp_path):
+    for name in ("first.svs", "third.tif"):
+        cut = (folder / name).read_bytes()
+        (tmp_path / name).write_bytes(cut[: len(cut) // 2])
+    arguments = ["scripts/tile_slides.py", "--slides", str(tmp_path), "--output", str(tmp_path / "out")]
+    shown = subprocess.run([sys.executable, *arguments], cwd=REPO, capture_output=True, text=True)
+    assert shown.returncode == 1 and shown.stderr == ""
+    assert "first: failed, " in shown.stdout and "third: failed, " in shown.stdout
