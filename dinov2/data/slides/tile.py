@@ -53,7 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--near-duplicates",
         type=int,
         metavar="BITS",
-        help="drop tiles whose hash differs in so few of 64 bits",
+        help="drop tiles whose hash differs in so few of 64 bits, 0 to 8, such as 4",
     )
     add("--max-tiles", type=int, metavar="N", help="tiles to keep of a slide, drawn at random")
     add("--seed", type=int, default=recipe.seed, help="of that draw (default: %(default)s)")

@@ -3,6 +3,7 @@
 import datetime
 import socket
 import time
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,15 +204,22 @@ def _write_pictures(
     page.save(made / "contact_sheets" / f"{entry.name}.jpg", quality=90)
 
 
+def _plain(name: str) -> str:
+    """Return a name in the letters that Pillow's own font has: accents go, other signs are escaped."""
+    letters = (char for char in unicodedata.normalize("NFKD", name) if not unicodedata.combining(char))
+    return "".join(letters).encode("ascii", "backslashreplace").decode()
+
+
 def _heading(entry: SlideEntry, facts: dict, recipe: TilingRecipe) -> list[str]:
     width, height = facts["dimensions"]
     threshold = facts["saturation_threshold"]
+    drawn_out = facts["n_tissue"] - facts["n_near_duplicates"] - facts["n_tiles"]
     how = f"saturation above {threshold:.3f}" if threshold is not None else facts["tissue_source"]
     return [
-        entry.name.encode("ascii", "replace").decode(),
+        _plain(entry.name),
         f"{width} x {height} px of {facts['slide_mpp']:g} um ({facts['mpp_source']}), {facts['backend']}; "
         f"tissue {facts['tissue_mm2']:g} mm2 ({how})",
         f"{facts['n_tiles']} tiles of {recipe.size} px at {recipe.mpp:g} um, overlap {recipe.overlap} px; "
         f"{facts['n_tissue']} of {facts['n_grid']} places hold {recipe.min_tissue:.0%} tissue; "
-        f"{facts['n_near_duplicates']} near duplicates",
+        f"{facts['n_near_duplicates']} near duplicates; {drawn_out} dropped by --max-tiles",
     ]
