@@ -76,6 +76,11 @@ def some_of(items: Iterable[object], limit: int, *, separator: str = ", ") -> st
     return separator.join(texts[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
+def counted(count: int, noun: str) -> str:
+    """Return ``"1 slide"``, ``"2 slides"``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def printable(text: str) -> str:
     """Return a text that can be written as UTF-8: file names that are no text show as ``\\udcff``."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -523,3 +523,22 @@ print("torch" in sys.modules)
 """
     )
     assert (result.stdout, result.stderr) == ("False\n", "")
+
+
+@pytest.mark.parametrize("module", ["dinov2.cli", "dinov2.data.slides.tile", "dinov2.data.index"])
+def test_tools_for_slides_and_tiles_start_without_torch(module):
+    code = f"import sys, {module}; assert not {{'torch', 'torchvision'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)
+
+
+@pytest.mark.parametrize("package", ["dinov2.data", "dinov2.data.datasets"])
+def test_names_that_load_late_are_those_of_the_package(package):
+    module = importlib.import_module(package)
+    assert all(getattr(module, name) is not None for name in module.__all__)
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'Missing'"):
+        _ = module.Missing
+
+
+def test_modules_behind_late_names_are_attributes():
+    code = "import dinov2.data as d; d.datasets.pathology.Pathology, d.samplers, d.loaders.make_dataset"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO)

@@ -5,10 +5,8 @@ import logging
 from pathlib import Path
 
 from dinov2 import cli
-from dinov2.data.datasets import Pathology
 from dinov2.data.datasets.arrays import atomic_file
 from dinov2.data.datasets.checks import existing_folder
-from dinov2.data.datasets.pathology import CSV_COLUMN, read_entry_csv
 from dinov2.data.indexing.verify import LEVELS
 from dinov2.data.indexing.workers import default_workers
 from dinov2.errors import ConfigError, some_of
@@ -48,6 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
     A build that was killed, or is repeated, lists only slides that it has not listed or that have changed.
     """
     args = get_args_parser().parse_args(arguments)
+    from dinov2.data.datasets import Pathology  # loads torch, which takes seconds that --help can do without
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     root = args.root or args.extra
     if args.patches:
@@ -67,6 +67,8 @@ def name_patches_folder(root: str, patches: str) -> None:
         DatasetError: the patches folder is missing.
         OutputError: the file can not be written.
     """
+    from dinov2.data.datasets.pathology import CSV_COLUMN, read_entry_csv
+
     existing_folder(patches, dataset="the index builder", key="--patches")
     folder = str(Path(patches).absolute())
     path = Path(root, "entry.csv")

@@ -1,7 +1,10 @@
 """The two libraries that open slide files, behind one interface."""
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image
@@ -81,14 +84,15 @@ class TiffSlideBackend(Backend):
     def __init__(self, path: str) -> None:
         import tiffslide
 
-        self._handle = tiffslide.TiffSlide(path)
-        self.properties = {
-            key.replace(_FOREIGN_PREFIX, _PREFIX, 1) if key.startswith(_FOREIGN_PREFIX) else key: str(value)
-            for key, value in self._handle.properties.items()
-            if value not in (None, "")
-        }
-        self.level_dimensions = tuple((int(w), int(h)) for w, h in self._handle.level_dimensions)
-        self.level_downsamples = tuple(float(factor) for factor in self._handle.level_downsamples)
+        with _silent("tifffile"):
+            self._handle = tiffslide.TiffSlide(path)
+            self.properties = {
+                _by_openslide(key): str(value)
+                for key, value in self._handle.properties.items()
+                if value not in (None, "")
+            }
+            self.level_dimensions = tuple((int(w), int(h)) for w, h in self._handle.level_dimensions)
+            self.level_downsamples = tuple(float(factor) for factor in self._handle.level_downsamples)
 
     def read(self, x: int, y: int, level: int, size: tuple[int, int], background: str) -> Image.Image:
         """Return a region as RGB, see :class:`Backend`."""
@@ -117,6 +121,26 @@ class TiffSlideBackend(Backend):
         self._handle.close()
 
 
+def _by_openslide(key: str) -> str:
+    """Return OpenSlide's name of a property of tiffslide."""
+    return key.replace(_FOREIGN_PREFIX, _PREFIX, 1) if key.startswith(_FOREIGN_PREFIX) else key
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Keep a library from logging of a damaged file, which the error that follows names."""
+    log = logging.getLogger(name)
+    log.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        log.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
 _HOW_TO_INSTALL = {
     OpenSlideBackend.name: "is not installed: pip install -e '.[slides]'",
     TiffSlideBackend.name: "is not installed: pip install tiffslide",
@@ -127,6 +151,28 @@ BACKENDS: dict[str, Callable[[str], Backend]] = {
 }
 
 
+def check_backend(backend: str) -> None:
+    """Refuse a backend that can not be used, before any slide is opened.
+
+    Raises:
+        ConfigError: there is no such backend, or its package is missing.
+    """
+    if backend != AUTO and backend not in BACKENDS:
+        raise ConfigError(
+            f'the slide backend is "{backend}"{nearest(backend, [AUTO, *BACKENDS])}; accepted are '
+            f"{', '.join([AUTO, *BACKENDS])}"
+        )
+    if backend != AUTO and not _installed(backend):
+        raise ConfigError(f"the slide backend {backend} {_HOW_TO_INSTALL[backend]}")
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # taken out of this process by a None in sys.modules
+        return False
+
+
 def open_backend(path: str, backend: str) -> Backend:
     """Open a slide file by the library of that name, or by the first that can (``auto``).
 
@@ -134,21 +180,27 @@ def open_backend(path: str, backend: str) -> Backend:
         ConfigError: there is no such backend, or its package is missing.
         DatasetError: the file can not be opened; names the reason of each library.
     """
-    if backend != AUTO and backend not in BACKENDS:
-        raise ConfigError(
-            f'the slide backend is "{backend}"{nearest(backend, [AUTO, *BACKENDS])}; accepted are '
-            f"{', '.join([AUTO, *BACKENDS])}"
-        )
+    check_backend(backend)
     if not Path(path).is_file():
         raise DatasetError(f'there is no slide file "{path}"')
+    if not Path(path).stat().st_size:
+        raise DatasetError(f'the slide file "{path}" is empty: copy it again, or take it off the list')
     reasons = []
     for name in BACKENDS if backend == AUTO else [backend]:
         try:
             return BACKENDS[name](path)
-        except ImportError:
+        except ImportError as error:
             if backend != AUTO:
-                raise ConfigError(f"the slide backend {name} {_HOW_TO_INSTALL[name]}") from None
+                raise ConfigError(f"the slide backend {name} can not be loaded: {error}") from None
             reasons.append(f"{name} {_HOW_TO_INSTALL[name]}")
         except Exception as error:
-            reasons.append(f"{name}: {type(error).__name__}: {error}")
-    raise DatasetError(f'the slide "{path}" can not be opened ({"; ".join(reasons)})')
+            reasons.append(f"{name}: {reason_of(error)}")
+    raise DatasetError(
+        f'the slide "{path}" can not be opened ({"; ".join(reasons)}): it is damaged or no slide; copy it '
+        "again, or take it off the list"
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """Return what a library says of a file, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -47,7 +47,7 @@ def draw_sheet(
         recipe: how tiles look.
         lines: heading, a line of text each.
     """
-    picture = draw_overview(overview, slide, mask, kept)
+    picture = draw_overview(overview, slide, mask, kept, fill=recipe.overlap <= 0)
     top = GAP + len(lines) * LINE + LINE + GAP
     column = GAP + picture.width + GAP
     rows = (LINE + KEPT_ROWS * (SAMPLE + LINE)) + GAP + (LINE + REJECTED_ROWS * (SAMPLE + LINE))
@@ -67,7 +67,9 @@ def draw_sheet(
     return page
 
 
-def draw_overview(overview: Image.Image, slide: Slide, mask: TissueMask, kept: TilePlan) -> Image.Image:
+def draw_overview(
+    overview: Image.Image, slide: Slide, mask: TissueMask, kept: TilePlan, *, fill: bool = True
+) -> Image.Image:
     """Return the slide with the outline of its tissue, removed pixels in colour, and the kept tiles."""
     scale = OVERVIEW / max(overview.size)
     size = tuple(max(1, round(side * scale)) for side in overview.size)
@@ -80,7 +82,7 @@ def draw_overview(overview: Image.Image, slide: Slide, mask: TissueMask, kept: T
             where = _resized(removed, size)
             pixels[where] = 0.4 * pixels[where] + 0.6 * np.array(colour, np.float32)
     picture = Image.fromarray(pixels.round().astype(np.uint8))
-    _draw_grid(picture, kept, slide)
+    _draw_grid(picture, kept, slide, fill=fill)
     pixels = np.array(picture)
     pixels[_outline(_resized(mask.mask, size))] = TISSUE
     return Image.fromarray(pixels)
@@ -122,10 +124,8 @@ def _removed_share(plan: TilePlan, mask: TissueMask) -> np.ndarray:
 
 def _rejected_order(plan: TilePlan, removed: np.ndarray) -> np.ndarray:
     stained = np.argsort(-removed, kind="stable")[: min(3, int((removed > LITTLE).sum()))]
-    near = np.argsort(-plan.rejected_tissue, kind="stable")[:3]
-    count = len(plan.rejected)
-    rest = np.linspace(0, count - 1, min(count, COLUMNS * REJECTED_ROWS)).astype(int)
-    return np.array(list(dict.fromkeys([*stained, *near, *rest])), int)
+    near = np.argsort(-plan.rejected_tissue, kind="stable")[: COLUMNS * REJECTED_ROWS]  # glass comes last
+    return np.array(list(dict.fromkeys([*stained, *near])), int)
 
 
 def _spread(kept: TilePlan) -> Samples:
@@ -179,7 +179,8 @@ def _draw_legend(draw: ImageDraw.ImageDraw, y: int) -> None:
         x += 18 + int(draw.textlength(text, _font())) + 2 * GAP
 
 
-def _draw_grid(picture: Image.Image, kept: TilePlan, slide: Slide) -> None:
+def _draw_grid(picture: Image.Image, kept: TilePlan, slide: Slide, *, fill: bool) -> None:
+    shade = (*TILE, 28) if fill else None  # where tiles overlap it would be painted twice
     draw = ImageDraw.Draw(picture, "RGBA")
     scale = np.array(picture.size) / np.array(slide.dimensions)
     for corner in kept.corners:
@@ -187,7 +188,7 @@ def _draw_grid(picture: Image.Image, kept: TilePlan, slide: Slide) -> None:
         right, bottom = (corner + kept.side) * scale
         # Squares of a few pixels would be all outline.
         outline = (*TILE, 255) if right - left >= 8 else (*TILE, 90)
-        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), (*TILE, 28), outline)
+        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), shade, outline)
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:

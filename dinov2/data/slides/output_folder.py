@@ -98,7 +98,7 @@ class OutputFolder:
         """Return the record of a slide, None if it has none."""
         try:
             return json.loads(self.record_path(slide).read_text("utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:
             raise OutputError(

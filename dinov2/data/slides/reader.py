@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from dinov2.data.slides.backends import AUTO, Backend, open_backend
+from dinov2.data.slides.backends import AUTO, Backend, open_backend, reason_of
 from dinov2.data.slides.forks import close_before_fork
 from dinov2.data.slides.jpeg_tiles import with_jpeg_tiles
 from dinov2.data.slides.resolution import find_mpp
@@ -214,7 +214,8 @@ class Slide:
                 self.close()
                 raise ImageReadError(
                     f'can not read the slide "{self.path}" at x={x}, y={y}, {size[0]} x {size[1]} pixels of '
-                    f"level {level}: {type(error).__name__}: {error}"
+                    f"level {level} ({reason_of(error)}): if the file is damaged, copy it again, or take it "
+                    "off the list"
                 ) from error
 
 

@@ -7,7 +7,8 @@ from dinov2.data.slides.tissue import SegmentationSettings
 from dinov2.errors import ConfigError
 
 FORMATS = ("jpeg", "png")
-MAX_HAMMING = 16
+# Copies differ in up to about 4 bits, and beyond 8 tiles of clearly different tissue would go.
+MAX_HAMMING = 8
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class TilingRecipe:
         if self.near_duplicates is not None and not 0 <= self.near_duplicates <= MAX_HAMMING:
             raise ConfigError(
                 f"the threshold of near duplicates is {self.near_duplicates}; it takes 0 to {MAX_HAMMING} of "
-                "64 bits: with more, tiles that differ would go"
+                "64 bits, such as 4: with more, clearly different tissue would go"
             )
         if self.near_duplicates is not None and self.coords_only:
             raise ConfigError("near duplicates are found on pictures; they can not be used with coords-only")

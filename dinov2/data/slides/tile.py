@@ -4,22 +4,28 @@ import argparse
 import logging
 import sys
 from collections import Counter
+from pathlib import Path
 
 from dinov2 import cli
 from dinov2.data.datasets.path_map import PathMap
+from dinov2.data.slides.backends import check_backend
 from dinov2.data.slides.grid import EDGES
+from dinov2.data.slides.next_step import next_step, outdated_indexes
 from dinov2.data.slides.output_folder import OutputFolder
+from dinov2.data.slides.preview import preview
 from dinov2.data.slides.recipe import FORMATS, TilingRecipe
-from dinov2.data.slides.slide_list import SlideEntry, list_slides
+from dinov2.data.slides.slide_list import list_slides
 from dinov2.data.slides.tile_many import TilingRun, run_all
-from dinov2.data.slides.tiling import open_entry, survey
 from dinov2.data.slides.tissue import SegmentationSettings
-from dinov2.errors import ConfigError, UserError
+from dinov2.errors import ConfigError, counted, some_of
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; its defaults are those of the recipe."""
-    parser = argparse.ArgumentParser(prog="python -m dinov2.data.slides.tile", description=__doc__)
+    typed = Path(sys.argv[0])
+    script = sys.argv[0] if typed.name == "tile_slides.py" else "python -m dinov2.data.slides.tile"
+    usage = "%(prog)s --slides SLIDES --output OUTPUT [option ...]"  # not twenty lines above every mistake
+    parser = argparse.ArgumentParser(prog=script, usage=usage, description=__doc__)
     recipe, tissue = TilingRecipe(), SegmentationSettings()
     parser.add_argument(
         "--slides", required=True, help="folder, pattern in quotes, file, or CSV with a column path"
@@ -34,14 +40,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--overlap", type=int, default=recipe.overlap, help="pixels neighbours share (default: %(default)s)")
     add("--min-tissue", type=float, default=recipe.min_tissue, help="least share (default: %(default)s)")
     add("--edges", choices=EDGES, default=recipe.edges, help="tiles beyond the border (default: %(default)s)")
-    add("--format", choices=FORMATS, default=recipe.format, help="of the files (default: %(default)s)")
+    add(
+        "--format",
+        type=_format,
+        choices=FORMATS,
+        default=recipe.format,
+        help="of the files (default: %(default)s)",
+    )
     add("--quality", type=int, default=recipe.quality, help="of JPEG, 1 to 100 (default: %(default)s)")
     add("--coords-only", action="store_true", help="write HDF5 coordinates for CLAM and TRIDENT, no tiles")
     add(
         "--near-duplicates",
         type=int,
         metavar="BITS",
-        help="drop tiles whose hash differs in so few of 64 bits",
+        help="drop tiles whose hash differs in so few of 64 bits, 0 to 8, such as 4",
     )
     add("--max-tiles", type=int, metavar="N", help="tiles to keep of a slide, drawn at random")
     add("--seed", type=int, default=recipe.seed, help="of that draw (default: %(default)s)")
@@ -70,6 +82,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _format(name: str) -> str:
+    return {"jpg": "jpeg"}.get(name.lower(), name.lower())
+
+
 def recipe_of(args: argparse.Namespace) -> TilingRecipe:
     """Return the recipe that a command line asks for."""
     segmentation = SegmentationSettings(
@@ -87,36 +103,33 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = recipe_of(args)
     if args.workers < 1:
         raise ConfigError(f"--workers is {args.workers}; it takes 1 or more")
+    check_backend(args.backend)
     entries = list_slides(args.slides, path_map=PathMap.parse(args.path_map))
+    run = TilingRun(entries, recipe, OutputFolder(args.output), args.backend, args.workers, args.redo)
     if args.dry_run:
-        failed = sum(not _preview(entry, recipe, args.backend) for entry in entries if entry.process)
+        failed = not preview(run)
     else:
-        run = TilingRun(entries, recipe, OutputFolder(args.output), args.backend, args.workers, args.redo)
         records = run_all(run, cli.say)
-        counts = Counter(record["status"] for record in records)
-        total = sum(record.get("n_tiles", 0) for record in records)
-        listed = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-        cli.say(f"{total} tiles; slides: {listed}; see {args.output}/summary.csv")
-        failed = counts["failed"]
+        failed = sum(record["status"] == "failed" for record in records)
+        _conclude(run, records, args.slides)
     if failed and not args.skip_errors:
         sys.exit(1)
 
 
-def _preview(entry: SlideEntry, recipe: TilingRecipe, backend: str) -> bool:
-    """Say what a slide would give; return False if it can not be used."""
-    try:
-        with open_entry(entry, recipe, backend) as slide:
-            found = survey(slide, entry, recipe)
-            width, height = slide.dimensions
-            tiles = min(len(found.plan), recipe.max_tiles or len(found.plan))
-            cli.say(
-                f"{entry.name}: {width} x {height} px of {slide.mpp:g} um ({slide.mpp_source}), "
-                f"{found.mask.area_mm2:.3f} mm2 of tissue, {tiles} tiles from level {found.plan.level}"
-            )
-    except UserError as error:
-        cli.say(f"{entry.name}: failed, {error}")
-        return False
-    return True
+def _conclude(run: TilingRun, records: list[dict], slides: str) -> None:
+    """Say what there is now and what comes next."""
+    counts = Counter(record["status"] for record in records)
+    total = sum(record.get("n_tiles", 0) for record in records)
+    listed = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
+    cli.say(f"{counted(total, 'tile')}; slides: {listed}; see {run.output.root}/summary.csv")
+    if total:
+        cli.say(next_step(run.output, run.recipe, slides, run.entries))
+    outdated = [] if run.recipe.coords_only else outdated_indexes(run.output)
+    if outdated:
+        cli.say(
+            f"WARNING: {some_of(outdated, 3)} was built before tiles were made or removed: training would "
+            "use the tiles it lists; build it again"
+        )
 
 
 if __name__ == "__main__":

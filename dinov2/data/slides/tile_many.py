@@ -15,7 +15,7 @@ from dinov2.data.slides.output_folder import DONE, OutputFolder
 from dinov2.data.slides.recipe import TilingRecipe, differences
 from dinov2.data.slides.slide_list import SlideEntry
 from dinov2.data.slides.tiling import outputs_of, source_changes, stamp, tile_slide, wanted_record
-from dinov2.errors import ConfigError, UserError, some_of
+from dinov2.errors import ConfigError, UserError, counted, some_of
 
 logger = logging.getLogger("dinov2")
 
@@ -60,9 +60,10 @@ def run_all(run: TilingRun, report: Callable[[str], None]) -> list[dict]:
         OutputError: the output folder can not be written.
     """
     run.output.start(index=not run.recipe.coords_only)
-    todo, records = _sort_out(run)
+    todo, records = sort_out(run)
     if records:
-        report(f"{len(records)} of {len(run.entries)} slides are done or left out already")
+        slides = counted(len(run.entries), "slide")
+        report(f"{len(records)} of {slides} done or left out already")
     for record in _work(run, todo):
         records.append(record)
         report(f"[{len(records)}/{len(run.entries)}] {describe(record)}")
@@ -73,15 +74,19 @@ def run_all(run: TilingRun, report: Callable[[str], None]) -> list[dict]:
 def describe(record: dict) -> str:
     """Return one line about a slide."""
     if record["status"] in DONE:
-        return (
-            f"{record['slide']}: {record['n_tiles']} tiles, {record['tissue_mm2']:g} mm2 of tissue, "
-            f"{record['seconds']:.1f} s"
-        )
+        tiles = counted(record["n_tiles"], "tile")
+        lack = f"; {record['error']}" if record.get("error") else ""
+        tissue = f"{record['tissue_mm2']:g} mm2 of tissue"
+        return f"{record['slide']}: {tiles}, {tissue}, {record['seconds']:.1f} s{lack}"
     return f"{record['slide']}: {record['status']}, {record['error']}"
 
 
-def _sort_out(run: TilingRun) -> tuple[list[SlideEntry], list[dict]]:
-    """Return the slides to do and the records of the others."""
+def sort_out(run: TilingRun) -> tuple[list[SlideEntry], list[dict]]:
+    """Return the slides to do and the records of the others.
+
+    Raises:
+        ConfigError: a slide has been done by another recipe, and ``redo`` is off.
+    """
     todo, records, others = [], [], []
     for entry in run.entries:
         if not entry.process:

@@ -3,6 +3,7 @@
 import datetime
 import socket
 import time
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from dinov2.data.slides.slide_list import SlideEntry
 from dinov2.data.slides.tile_files import remove_tiles, write_tiles
 from dinov2.data.slides.tissue import overview_side, segment_tissue
 from dinov2.data.slides.tissue_mask import TissueMask
-from dinov2.errors import DatasetError
+from dinov2.errors import DatasetError, counted
 
 MIN_OVERVIEW = 1024  # pixels: a small slide is shown larger than tissue has to be looked for
 
@@ -108,6 +109,18 @@ def survey(slide: Slide, entry: SlideEntry, recipe: TilingRecipe) -> Surveyed:
     return Surveyed(overview, mask, plan_tiles(slide, mask, recipe))
 
 
+def why_no_tile(slide: Slide, found: Surveyed, recipe: TilingRecipe) -> str:
+    """Say why a slide gives no tile."""
+    if len(found.plan.rejected):
+        share = f"at least {recipe.min_tissue:.0%}" if recipe.min_tissue else "any"
+        return f"none of the {counted(len(found.plan.rejected), 'place')} for a tile has {share} tissue"
+    width, height = slide.bounds[2:]
+    return (
+        f"a tile of {recipe.size} px at {recipe.mpp:g} um is {found.plan.side} px of the slide wide, and the "
+        f"scanned area is {width} x {height} px: give a smaller --size, or --edges pad"
+    )
+
+
 def tile_slide(
     entry: SlideEntry, recipe: TilingRecipe, output: OutputFolder, *, backend: str = "auto"
 ) -> dict:
@@ -122,7 +135,7 @@ def tile_slide(
     with open_entry(entry, recipe, backend) as slide:
         found = survey(slide, entry, recipe)
         kept, repeats = _make_tiles(slide, entry.name, found.plan, recipe, made)
-        facts = _facts(slide, found, kept, repeats)
+        facts = _facts(slide, found, kept, repeats, recipe)
         coordinates.write_csv(made / "coordinates" / f"{entry.name}.csv", kept)
         _write_pictures(slide, entry, found, kept, repeats, recipe, made, facts)
     outputs = outputs_of(entry.name, wanted["recipe"])
@@ -163,13 +176,14 @@ def _make_tiles(
     return kept, repeats
 
 
-def _facts(slide: Slide, found: Surveyed, kept: TilePlan, repeats: np.ndarray) -> dict:
+def _facts(slide: Slide, found: Surveyed, kept: TilePlan, repeats: np.ndarray, recipe: TilingRecipe) -> dict:
     plan, mask = found.plan, found.mask
     return {
         "n_tiles": len(kept),
         "n_grid": len(plan) + len(plan.rejected),
         "n_tissue": len(plan),
         "n_near_duplicates": int((repeats >= 0).sum()),
+        **({} if len(plan) else {"error": why_no_tile(slide, found, recipe)}),
         "n_padded": int(kept.edge.sum()),
         "tissue_mm2": round(mask.area_mm2, 4),
         "tissue_source": mask.source,
@@ -214,15 +228,22 @@ def _write_pictures(
     page.save(made / "contact_sheets" / f"{entry.name}.jpg", quality=90)
 
 
+def _plain(name: str) -> str:
+    """Return a name in the letters that Pillow's own font has: accents go, other signs are escaped."""
+    letters = (char for char in unicodedata.normalize("NFKD", name) if not unicodedata.combining(char))
+    return "".join(letters).encode("ascii", "backslashreplace").decode()
+
+
 def _heading(entry: SlideEntry, facts: dict, recipe: TilingRecipe) -> list[str]:
     width, height = facts["dimensions"]
     threshold = facts["saturation_threshold"]
+    drawn_out = facts["n_tissue"] - facts["n_near_duplicates"] - facts["n_tiles"]
     how = f"saturation above {threshold:.3f}" if threshold is not None else facts["tissue_source"]
     return [
-        entry.name.encode("ascii", "replace").decode(),
+        _plain(entry.name),
         f"{width} x {height} px of {facts['slide_mpp']:g} um ({facts['mpp_source']}), {facts['backend']}; "
         f"tissue {facts['tissue_mm2']:g} mm2 ({how})",
         f"{facts['n_tiles']} tiles of {recipe.size} px at {recipe.mpp:g} um, overlap {recipe.overlap} px; "
         f"{facts['n_tissue']} of {facts['n_grid']} places hold {recipe.min_tissue:.0%} tissue; "
-        f"{facts['n_near_duplicates']} near duplicates",
+        f"{facts['n_near_duplicates']} near duplicates; {drawn_out} dropped by --max-tiles",
     ]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2.data import index, make_dataset
 from dinov2.data.datasets.path_map import PathMap
 from dinov2.data.locks import LockFile
 from dinov2.data.slides import tile
@@ -84,7 +86,7 @@ def test_a_rerun_does_nothing(folder, finished):
     output, _, _ = finished
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*.jpeg")}
     _, lines = run(output, list_slides(str(folder)))
-    assert lines == ["3 of 3 slides are done or left out already"]
+    assert lines == ["3 of 3 slides done or left out already"]
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.jpeg")} == before
 
 
@@ -126,7 +128,7 @@ def masked(folder, tmp_path):
     return tmp_path, again
 
 
-DONE_ALREADY = ["1 of 1 slides are done or left out already"]
+DONE_ALREADY = ["1 of 1 slide done or left out already"]
 
 
 @pytest.mark.parametrize(("file", "name"), [("slide.tif", "modified"), ("mask.png", "mask_modified")])
@@ -160,12 +162,14 @@ def test_older_records_stay_valid(masked):
 def test_broken_slides_among_good_ones(folder, tmp_path):
     good = list_slides(str(folder))
     (tmp_path / "text.svs").write_text("no slide")
+    (tmp_path / "nothing.svs").touch()
     cut = (folder / "third.tif").read_bytes()
     (tmp_path / "cut.tif").write_bytes(cut[: len(cut) // 2])
     entries = [
         SlideEntry("a_text", str(tmp_path / "text.svs")),
         good[0],
         SlideEntry("cut", str(tmp_path / "cut.tif")),
+        SlideEntry("nothing", str(tmp_path / "nothing.svs")),
         SlideEntry("gone", str(tmp_path / "gone.svs")),
         SlideEntry("left_out", str(tmp_path / "gone.svs"), process=False),
         good[1],
@@ -178,9 +182,14 @@ def test_broken_slides_among_good_ones(folder, tmp_path):
         "first": "done",
         "cut": "failed",
         "gone": "failed",
+        "nothing": "failed",
         "left_out": "skipped",
         "second": "done",
     }
+    assert 'nothing.svs" is empty: copy it again, or take it off the list' in records["nothing"]["error"]
+    for name in ("a_text", "cut"):
+        assert records[name]["error"].endswith("copy it again, or take it off the list")
+        assert "damaged" in records[name]["error"] and "Error" not in records[name]["error"]
     assert "gone.svs" in records["gone"]["error"] and "is missing" in records["gone"]["error"]
     assert sorted(path.name for path in (output / "patches").iterdir()) == ["first", "second"]
     assert list((output / ".work").iterdir()) == []
@@ -285,7 +294,7 @@ def test_two_runs_share_a_list(folder, finished, tmp_path):
         results = [future.result()[0] for future in runs]
     status = [{name: record["status"] for name, record in records.items()} for records in results]
     assert all(set(names.values()) <= {"done", "skipped"} for names in status)
-    assert all("done" in (first, second) for first, second in zip(*(s.values() for s in status), strict=True))
+    assert all("done" in (status[0][name], status[1][name]) for name in ("first", "second", "third"))
     assert content(tmp_path) == content(finished[0])
     assert {row["status"] for row in summary(tmp_path).values()} == {"done"}
 
@@ -328,3 +337,86 @@ def test_the_command(folder, tmp_path, capsys):
 def test_the_command_line_has_the_defaults_of_the_recipe():
     args = tile.get_args_parser().parse_args(["--slides", "x", "--output", "y"])
     assert tile.recipe_of(args) == TilingRecipe()
+
+
+def test_the_command_names_the_next_step_and_an_outdated_index(folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = ["--slides", str(folder / "first.svs"), "--output", str(output), "--max-tiles"]
+    tile.main([*arguments, "1"])
+    shown = capsys.readouterr().out
+    assert "[1/1] first: 1 tile, " in shown and "\n1 tile; slides: 1 done; " in shown
+    assert f"python -m dinov2.data.index --root {output} --extra {output}\n" in shown
+    index.main(["--root", str(output), "--extra", str(output)])
+    capsys.readouterr()
+    tile.main([*arguments, "1"])  # nothing to do: the index is good
+    shown = capsys.readouterr().out
+    assert "dinov2.data.index" in shown and "WARNING" not in shown
+    tile.main([*arguments, "2", "--redo"])
+    shown = capsys.readouterr().out
+    assert f"WARNING: {output}/entries-TRAIN.npy was built before" in shown
+    index.main(["--root", str(output), "--extra", str(output)])
+    capsys.readouterr()
+    tile.main([*arguments, "2"])
+    assert "WARNING" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["folder", "file", "csv"])
+def test_the_next_step_of_coordinates_is_a_dataset(source, folder, tmp_path, capsys):
+    table = tmp_path / "slides.csv"
+    table.write_text(f"path\n{folder}/first.svs\n")
+    slides = {"folder": folder, "file": folder / "first.svs", "csv": table}[source]
+    output = tmp_path / "a:b"
+    tile.main(["--slides", str(slides), "--output", str(output), "--coords-only", "--size", "256"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    dataset = shlex.split(line.partition("train.dataset_path=")[2])[0]
+    found = make_dataset(dataset_str=f"{dataset}:extra={tmp_path}/extra")
+    assert found[0][0].size == (256, 256)
+
+
+def test_a_dry_run_knows_what_is_done(folder, finished, capsys):
+    arguments = ["--slides", str(folder), "--output", str(finished[0]), "--dry-run"]
+    arguments += ["--min-tissue", "0.5", "--max-tiles"]
+    tile.main([*arguments, "12"])
+    assert capsys.readouterr().out == "3 of 3 slides done or left out already; to do: 0\n"
+    with pytest.raises(ConfigError, match=r"first \(max_tiles 12 -> 1\).*--redo"):
+        tile.main([*arguments, "1"])
+    tile.main([*arguments, "1", "--redo"])
+    assert "first: made again: 2220 x 2967 px" in capsys.readouterr().out
+
+
+def test_a_tile_larger_than_the_slide(folder, tmp_path, capsys):
+    arguments = ["--slides", str(folder / "first.svs"), "--output", str(tmp_path / "out"), "--size", "5000"]
+    message = (
+        "a tile of 5000 px at 0.5 um is 5000 px of the slide wide, and the scanned area is 2220 x 2967 px"
+    )
+    tile.main([*arguments, "--dry-run"])
+    assert message in capsys.readouterr().out
+    tile.main(arguments)
+    assert message in capsys.readouterr().out
+    assert message in summary(tmp_path / "out")["first"]["error"]
+
+
+def test_mistakes_on_the_command_line(folder, tmp_path, capsys):
+    arguments = ["--slides", str(folder), "--output", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match='the slide backend is "bioformats"; accepted are auto, openslide'):
+        tile.main([*arguments, "--backend", "bioformats"])
+    assert not (tmp_path / "out").exists()
+    shown = subprocess.run(
+        [sys.executable, "scripts/tile_slides.py", *arguments, "--typo"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 2
+    assert shown.stderr.splitlines()[1:] == ["scripts/tile_slides.py: error: unrecognized arguments: --typo"]
+    assert tile.get_args_parser().parse_args([*arguments, "--format", "jpg"]).format == "jpeg"
+
+
+def test_a_damaged_slide_fails_without_a_line_from_the_library(folder, tmp_path):
+    for name in ("first.svs", "third.tif"):
+        cut = (folder / name).read_bytes()
+        (tmp_path / name).write_bytes(cut[: len(cut) // 2])
+    arguments = ["scripts/tile_slides.py", "--slides", str(tmp_path), "--output", str(tmp_path / "out")]
+    shown = subprocess.run([sys.executable, *arguments], cwd=REPO, capture_output=True, text=True)
+    assert shown.returncode == 1 and shown.stderr == ""
+    assert "first: failed, " in shown.stdout and "third: failed, " in shown.stdout

@@ -323,7 +323,7 @@ def test_the_drawn_slide_gives_tiles_of_tissue_only(tmp_path):
     [
         ({"format": "bmp"}, 'the format is "bmp"'),
         ({"quality": 0}, "the quality is 0"),
-        ({"near_duplicates": 40}, "takes 0 to 16 of 64 bits"),
+        ({"near_duplicates": 9}, "takes 0 to 8 of 64 bits, such as 4"),
         ({"near_duplicates": 1, "coords_only": True}, "can not be used with coords-only"),
         ({"max_tiles": 0}, "max_tiles is 0"),
         ({"overlap": 224}, "overlap of the tiles is 224"),
