@@ -67,6 +67,14 @@ def unsplit_part_hint(dataset_str: str, names: Iterable[str]) -> str:
     )
 
 
+def nearest_spelling(name: str, names: Iterable[str]) -> str:
+    """Return a hint at the dataset meant by an unknown name, also where the ``*`` of a weight is missing."""
+    weight = _NUMBER.match(name)
+    if weight and name[weight.end() :] in names:
+        return f' (did you mean "{weight[0]}*{name[weight.end() :]}"?)'
+    return nearest(name, names)
+
+
 def _take_weight(part: str) -> MixturePart:
     head = part.partition(":")[0]
     weight, star, _ = head.partition("*")

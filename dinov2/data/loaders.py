@@ -13,7 +13,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from dinov2 import distributed
-from dinov2.data.dataset_string import MixturePart, parse_dataset_string, split_mixture, unsplit_part_hint
+from dinov2.data.dataset_string import (
+    MixturePart,
+    nearest_spelling,
+    parse_dataset_string,
+    split_mixture,
+    unsplit_part_hint,
+)
 from dinov2.data.datasets import (
     NCTCRC,
     ImageFolder,
@@ -122,7 +128,8 @@ def _make_one(
     name, options = parse_dataset_string(dataset_str)
     if name not in DATASETS:
         raise DatasetError(
-            f'Unsupported dataset "{name}"{nearest(name, DATASETS)}; accepted are {", ".join(DATASETS)}'
+            f'Unsupported dataset "{name}"{nearest_spelling(name, DATASETS)}; accepted are '
+            f"{', '.join(DATASETS)}"
         )
     dataset_class = DATASETS[name]
     typed = _typed_options(dataset_class, options)

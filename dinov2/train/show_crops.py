@@ -46,6 +46,7 @@ MASK_COLOUR = np.array([255, 196, 0], np.float32)
 MASK_OPACITY = 0.8
 PAPER = (255, 255, 255)
 INK = (40, 40, 40)
+FRAME = (200, 200, 200)
 
 # Pixels in the drawing: tiles and global crops; half as much, less the gap, for local crops.
 LARGE = 224
@@ -170,12 +171,18 @@ def _lay_out(
     for row, (large_row, small_row) in enumerate(zip(large, small, strict=True)):
         top = HEADING + row * (LARGE + GAP)
         for column, picture in enumerate(large_row):
-            sheet.paste(picture.resize((LARGE, LARGE)), (GAP + column * (LARGE + GAP), top))
+            _put(sheet, picture, LARGE, (GAP + column * (LARGE + GAP), top))
         for place, picture in enumerate(small_row):
             line, column = divmod(place, columns)
-            corner = (first_small + column * (SMALL + GAP), top + line * (SMALL + GAP))
-            sheet.paste(picture.resize((SMALL, SMALL)), corner)
+            _put(sheet, picture, SMALL, (first_small + column * (SMALL + GAP), top + line * (SMALL + GAP)))
     return sheet
+
+
+def _put(sheet: Image.Image, picture: Image.Image, side: int, corner: tuple[int, int]) -> None:
+    """Paste a picture with a thin frame round it, for crops as white as the paper."""
+    left, top = corner
+    ImageDraw.Draw(sheet).rectangle((left - 1, top - 1, left + side, top + side), outline=FRAME)
+    sheet.paste(picture.resize((side, side)), corner)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinov2.data.dataset_string import format_dataset_string, parse_dataset_string, split_mixture
-from dinov2.data.loaders import DATASETS
+from dinov2.data.loaders import DATASETS, make_dataset
 from dinov2.errors import DatasetError
 
 NAMES = st.sampled_from(sorted(DATASETS))
@@ -85,3 +85,8 @@ def test_where_a_plus_separates(text, expected):
 def test_wrong_weights(weight, text):
     with pytest.raises(DatasetError, match=r'the weight ".*" of ".*NCTCRC:root=/x" is no positive number'):
         split_mixture(text.format(weight), DATASETS)
+
+
+def test_a_weight_without_its_star_is_understood():
+    with pytest.raises(DatasetError, match=r"did you mean \"2\*ImageFolder\""):
+        make_dataset(dataset_str="2ImageFolder:root=/x")
