@@ -9,5 +9,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./scripts/setup_env.sh
 # Two processes share the cores; threads of both on every core would slow each other down several-fold.
 export OMP_NUM_THREADS=1
-[ $# -gt 0 ] || echo "[test] running all quick tests, about 6 minutes on 2 cores"
+[ $# -gt 0 ] || echo "[test] running all quick tests, about 11 minutes on 2 cores"
 exec .venv/bin/python -m pytest -n 2 "$@"

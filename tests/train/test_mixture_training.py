@@ -33,6 +33,7 @@ def parts(tmp_path, tile_folder):
     return [f"WebDataset:root={tmp_path}/h+e", f"2*Pathology:split=TRAIN:root={tmp_path}:extra={tmp_path}"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_a_list_of_datasets(parts, tmp_path):
     config = yaml.safe_load(TINY)
     config["train"] |= {"dataset_path": parts, "num_workers": 1, "device": "cpu"}

@@ -1,5 +1,6 @@
 """Two processes that see different numbers of samples: both stop before the first step."""
 
+import pytest
 from torch.utils.data import Subset
 
 from dinov2 import distributed
@@ -26,6 +27,7 @@ def refusal(options: list[str]) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_a_sample_less_in_one_process_stops_both(tiny, tmp_path):
     options = ["--config-file", str(tiny.config), "--output-dir", str(tmp_path / "run")]
     options += [f"train.dataset_path={tiny.dataset}", "train.self_check=off", "train.device=cpu"]
