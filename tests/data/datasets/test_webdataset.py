@@ -345,7 +345,7 @@ def test_ambiguous_samples(tmp_path, encoded, caplog):
 def test_a_shard_that_goes_after_indexing_is_named(shards):
     dataset = WebDataset(root=str(shards))
     (shards / "tiles-002.tar").unlink()
-    with pytest.raises(ImageReadError, match=r"sample 5 \(.*tiles-002.tar:byte \d+\): .*No such file"):
+    with pytest.raises(ImageReadError, match=r"sample 5 \(.*tiles-002.tar:byte \d+\): .*no such file"):
         dataset[5]
 
 
