@@ -76,9 +76,9 @@ def some_of(items: Iterable[object], limit: int, *, separator: str = ", ") -> st
     return separator.join(texts[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
-def counted(count: int, noun: str) -> str:
-    """Return ``"1 slide"``, ``"2 slides"``."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def counted(count: int, noun: str, *, thousands: str = "") -> str:
+    """Return ``"1 slide"``, ``"2 slides"``; with ``thousands=","`` also ``"2,000 slides"``."""
+    return f"{count:{thousands}} {noun}{'' if count == 1 else 's'}"
 
 
 def printable(text: str) -> str:

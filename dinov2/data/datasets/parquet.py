@@ -74,9 +74,8 @@ class Parquet(ExtendedVisionDataset):
         _pyarrow_parquet()
         super().__init__(root, transforms, transform, target_transform)
         shards = list_shards(root, pattern, dataset="Parquet", example="*.parquet")
-        folder = root if Path(root).is_dir() else str(Path(root).parent)
         options = {"pattern": pattern, "image": image, "label": label}
-        index = ShardIndex(extra or folder, kind="parquet", root=root, shards=shards, options=options)
+        index = ShardIndex(extra, kind="parquet", root=root, shards=shards, options=options)
         arrays, facts = index.load_or_build(partial(_build, shards, image, label))
         if facts["group_bytes"] > LARGE_GROUP_BYTES:
             logger.warning(

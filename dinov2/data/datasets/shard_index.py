@@ -56,7 +56,7 @@ class ShardIndex:
     that build the same index at the same time write the same content under the same name.
 
     Args:
-        folder: where the index lies or will lie.
+        folder: where the index lies or will lie; empty means beside the shards.
         kind: first part of the file names.
         root: folder of the shards.
         shards: the shards in order.
@@ -66,7 +66,7 @@ class ShardIndex:
     def __init__(
         self, folder: str, *, kind: str, root: str, shards: list[Path], options: dict[str, str]
     ) -> None:
-        self._folder = Path(folder)
+        self._folder = Path(folder or (root if Path(root).is_dir() else Path(root).parent))
         self._root = str(Path(root).resolve())
         self._same_options = f"{kind}-{_digest([self._root, options])[:8]}-"
         facts = [(path.stat(), os.path.relpath(path, root)) for path in shards]

@@ -77,9 +77,8 @@ class WebDataset(ExtendedVisionDataset):
             raise DatasetError(f'truncated of WebDataset is "{truncated}"; it takes error or use')
         super().__init__(root, transforms, transform, target_transform)
         shards = list_shards(root, pattern, dataset="WebDataset")
-        folder = root if Path(root).is_dir() else str(Path(root).parent)
         options = {"pattern": pattern, "image": image, "label": label, "truncated": truncated}
-        index = ShardIndex(extra or folder, kind="webdataset", root=root, shards=shards, options=options)
+        index = ShardIndex(extra, kind="webdataset", root=root, shards=shards, options=options)
         arrays, facts = index.load_or_build(partial(_build, shards, image.lower(), label, truncated))
         for sentence in facts["warnings"]:
             logger.warning("%s", sentence)

@@ -21,7 +21,7 @@ from dinov2.data.indexing.progress import BuildProgress
 from dinov2.data.indexing.verify import LEVELS
 from dinov2.data.indexing.workers import default_workers, results
 from dinov2.data.locks import LockFile
-from dinov2.errors import ConfigError, DatasetError, nearest, some_of
+from dinov2.errors import ConfigError, DatasetError, counted, nearest, some_of
 
 logger = logging.getLogger("dinov2")
 
@@ -50,15 +50,19 @@ class BuildReport:
 
     def summary(self) -> str:
         """Return it in one sentence."""
-        return (
-            f"{_count(self.tiles, 'tile')} of {_count(self.slides, 'slide')} in {self.seconds:.1f} s "
-            f"({_count(self.listed, 'slide')} listed, {self.reused:,} unchanged; "
-            f"{_count(self.skipped.total(), 'file')} left out)"
+        tiles, slides, listed, left_out = (
+            counted(count, noun, thousands=",")
+            for count, noun in (
+                (self.tiles, "tile"),
+                (self.slides, "slide"),
+                (self.listed, "slide"),
+                (self.skipped.total(), "file"),
+            )
         )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+        return (
+            f"{tiles} of {slides} in {self.seconds:.1f} s ({listed} listed, {self.reused:,} unchanged; "
+            f"{left_out} left out)"
+        )
 
 
 def build_index(
