@@ -8,20 +8,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dinov2.errors import UserError
+from dinov2.errors import Interrupted, UserError
 
 # Most mistakes are found by every process alike. The first one of a machine speaks at once; the others give
 # it this long, after which a launcher has stopped them. One that is still there was alone with its problem.
 OTHER_RANKS_DELAY_SECONDS = 5.0
 
+# What sysexits.h calls a temporary failure: start the same command again. Launchers can tell it from an error.
+EXIT_START_AGAIN = 75
+
 
 def run(main: Callable[..., Any], *args: Any) -> None:
-    """Call ``main(*args)``; on :class:`UserError` print its text and exit with status 1."""
+    """Call ``main(*args)``; on :class:`UserError` print its text and exit with status 1.
+
+    On :class:`Interrupted`, a run that saved its state on being asked to stop, the status is 75.
+    """
     try:
         main(*args)
     except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Interrupted as stop:
+        print(f"stopped: {stop}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_START_AGAIN)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
             time.sleep(OTHER_RANKS_DELAY_SECONDS)

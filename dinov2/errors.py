@@ -57,6 +57,19 @@ class OutputError(UserError, OSError):
     """The output directory cannot be used."""
 
 
+class Interrupted(Exception):
+    """The run was asked to stop (by a signal), has saved its state and goes on when it is started again.
+
+    Args:
+        message: one sentence: which signal, what is saved, how to go on.
+        signal_number: the signal, such as ``signal.SIGTERM``.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
 def nearest(name: str, accepted: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Return ``' (did you mean "x"?)'`` for the accepted name closest to ``name``, or an empty string.
 

@@ -2,13 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from dinov2 import cli
-from dinov2.errors import ConfigError
+from dinov2.errors import ConfigError, Interrupted
 from tests.conftest import REPO
 
 TRAIN = str(REPO / "dinov2" / "train" / "train.py")
@@ -36,6 +37,16 @@ def test_torchruns_report_gets_the_sentence(monkeypatch, tmp_path):
         cli.run(fail)
     report = json.loads((tmp_path / "error.json").read_text())["message"]
     assert report["message"] == "error: optim.lr is 'fast', a number is wanted."
+
+
+def test_a_run_that_was_asked_to_stop_leaves_with_the_status_that_means_start_again(capsys):
+    def stop():
+        raise Interrupted("SIGTERM came, 12 iterations are saved.", signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(stop)
+    assert stopped.value.code == cli.EXIT_START_AGAIN == 75
+    assert capsys.readouterr().err == "stopped: SIGTERM came, 12 iterations are saved.\n"
 
 
 def test_our_own_errors_keep_their_traceback():

@@ -22,7 +22,7 @@ ARCHITECTURE_SIZES: dict[str, tuple[int, int, int]] = {
 AUTO = "auto"  # in place of an architecture: the one the weights have
 
 DTYPES = ("fp32", "fp16", "bf16")
-SHARDING_STRATEGIES = ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")
+SHARDING_STRATEGIES = ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD")
 
 
 @dataclass(kw_only=True)
@@ -45,7 +45,9 @@ class MixedPrecision:
 class ModulePrecision:
     sharding_strategy: str = setting(
         "SHARD_GRAD_OP",
-        "Read, not used yet: every process holds the whole module",
+        "What the processes divide of parameters, gradients and optimizer state: nothing (NO_SHARD); all, "
+        "with parameters gathered once per step (SHARD_GRAD_OP) or for forward and backward each "
+        "(FULL_SHARD); or that within groups of hybrid_shard_size processes (HYBRID_SHARD)",
         choices=SHARDING_STRATEGIES,
     )
     mixed_precision: MixedPrecision = field(default_factory=MixedPrecision)
@@ -74,6 +76,9 @@ class StudentPrecision:
 @dataclass(kw_only=True)
 class ComputePrecision:
     grad_scaler: bool = setting(True, "Scale the loss so that fp16 gradients do not underflow")
+    hybrid_shard_size: int | None = setting(
+        None, "Processes in a group of HYBRID_SHARD; null is those of one machine", at_least=1
+    )
     teacher: TeacherPrecision = field(default_factory=TeacherPrecision)
     student: StudentPrecision = field(default_factory=StudentPrecision)
 
@@ -189,6 +194,25 @@ class Train:
         "mask token that is all zeros learns",
         unit="blocks",
         at_least=0,
+    )
+    activation_checkpointing: str = setting(
+        "none",
+        "What the backward pass computes again instead of keeping it: nothing, everything in a block but its "
+        "matrix products and attention (selective), or the whole block (full)",
+        choices=("none", "selective", "full"),
+    )
+    max_bad_steps: int = setting(
+        24,
+        "Steps in a row that may be skipped because a loss or gradient is not finite; then the run goes back "
+        "to its last checkpoint once, and stops when it happens again",
+        unit="steps",
+        at_least=1,
+    )
+    process_timeout: float = setting(
+        1800.0,
+        "How long a process may keep the others waiting before all stop with a message that names it",
+        unit="seconds",
+        above=0,
     )
     self_check: str = setting(
         "stop",
@@ -320,6 +344,13 @@ class Optim:
     backbone_lr_mult: float = setting(
         1.0, "Factor on the learning rate of the whole backbone, not of the heads", at_least=0
     )
+    accumulate_steps: int = setting(
+        1,
+        "Batches of batch_size_per_gpu that every process adds up to one optimizer step; the result is that "
+        "of so many times the processes",
+        unit="batches",
+        at_least=1,
+    )
     start_iter: int = setting(
         0,
         "Where a run with nothing to resume begins in schedules and data order, to go on from head.head_path",
@@ -416,6 +447,13 @@ class Checkpointing:
         None, "Distance of resumable checkpoints; null is 3 epochs", unit="iterations", at_least=1
     )
     max_to_keep: int = setting(3, "How many resumable checkpoints are kept", at_least=1)
+    keep_every: int | None = setting(
+        None,
+        "Checkpoints after multiples of this number are kept for ever, beside the max_to_keep latest",
+        unit="iterations",
+        at_least=1,
+    )
+    asynchronous: bool = setting(True, "Write checkpoints while the training goes on")
 
 
 @dataclass(kw_only=True)

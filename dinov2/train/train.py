@@ -18,37 +18,29 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
 from dinov2 import distributed
-from dinov2.data.data_order import DataOrder
 from dinov2.data.loader_errors import explained
 from dinov2.data.unreadable import UNREADABLE, UnreadableImages
-from dinov2.errors import ConfigError, UserError, WeightsError
-from dinov2.fsdp import FSDPCheckpointer
+from dinov2.errors import ConfigError, WeightsError
 from dinov2.logging import MetricLogger
 from dinov2.train.arguments import get_args_parser
-from dinov2.train.export import export_networks
 from dinov2.train.freezing import BackboneStart
 from dinov2.train.initialization import settle_config, write_reports
 from dinov2.train.input import build_data_loader, build_dataset, find_order, require_same_length
-from dinov2.train.optimizer import (
-    apply_optim_scheduler,
-    average_gradients,
-    build_optimizer,
-    clip_gradients,
-)
+from dinov2.train.optimizer import apply_optim_scheduler, build_optimizer
 from dinov2.train.run_length import describe_run_length, settle_run_length, total_iterations
-from dinov2.train.schedules import ScheduleValues, build_schedulers
+from dinov2.train.run_state import do_test, restore, save_if_due
+from dinov2.train.schedules import build_schedulers
 from dinov2.train.self_check import enforce, run_self_check
 from dinov2.train.show_crops import show_crops
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.step import NonFiniteLossError, train_step
 from dinov2.utils.config import setup, write_config
 from dinov2.utils.device import resolve_device
 from dinov2.utils.seeding import seed_everything
@@ -67,96 +59,6 @@ logger = logging.getLogger("dinov2")
 
 # From its first value of 65536 the scaler reaches 1 in 16 halvings; beyond, the gradients themselves are bad.
 MAX_SKIPPED_STEPS = 24
-
-
-class NonFiniteLossError(UserError, FloatingPointError):
-    """A loss or gradient is inf or NaN; raised on every rank before any weight has moved."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step reports, averaged over ranks."""
-
-    losses: dict[str, float]  # DINOv2's entries, then total_loss: the value that was minimised
-    grad_norms: dict[str, float]  # per student submodule, before clipping
-    stepped: bool  # False if the gradient scaler skipped the step
-    unreadable: int  # images that had to be replaced in the batches of all ranks, their sum
-
-
-def train_step(
-    model: SSLMetaArch,
-    optimizer: torch.optim.Optimizer,
-    images: dict[str, Any],
-    values: ScheduleValues,
-    clip_grad: float | None,
-) -> StepResult:
-    """Do one optimizer step and move the teacher; nothing moves if a loss or gradient is not finite."""
-    unreadable = torch.tensor(float(len(images.get(UNREADABLE, ()))), device=model.device)
-    apply_optim_scheduler(
-        optimizer,
-        values.lr,
-        values.weight_decay,
-        values.last_layer_lr,
-        backbone_lr_factor=values.backbone_lr_factor,
-    )
-    optimizer.zero_grad(set_to_none=True)
-
-    losses = model.compute_losses(images, values.teacher_temp)
-    model.backprop_loss(losses.total)
-    average_gradients(model.student.parameters())
-    # Read only now: waiting for the values before the backward pass would leave a GPU idle.
-    reduced = reduce_losses({**losses.logged, "total_loss": losses.total.detach(), UNREADABLE: unreadable})
-    unreadable_sum = round(reduced.pop(UNREADABLE) * distributed.get_global_size())
-    _require_finite(reduced, "loss")
-    if model.fp16_scaler is not None:
-        model.fp16_scaler.unscale_(optimizer)
-    norms = {name: norm.item() for name, norm in clip_gradients(model.student, clip_grad).items()}
-    stepped = _step_optimizer(model, optimizer, norms)
-    if stepped:
-        model.update_teacher(values.momentum)
-    return StepResult(reduced, norms, stepped, unreadable_sum)
-
-
-def _step_optimizer(
-    model: SSLMetaArch, optimizer: torch.optim.Optimizer, grad_norms: dict[str, float]
-) -> bool:
-    """Step, and tell whether the weights moved: with fp16, a gradient that overflows skips the step."""
-    scaler = model.fp16_scaler
-    if scaler is None:
-        _require_finite(grad_norms, "gradient norm")
-        optimizer.step()
-        return True
-    scale = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
-    return scaler.get_scale() >= scale
-
-
-def reduce_losses(losses: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Average scalars over ranks with one collective and one transfer to the host."""
-    stacked = torch.stack([value.float() for value in losses.values()])
-    distributed.all_reduce_sum_(stacked)
-    means = (stacked / distributed.get_global_size()).tolist()
-    return dict(zip(losses, means, strict=True))
-
-
-def _require_finite(values: dict[str, float], what: str) -> None:
-    """Raise on every rank alike: the values are the same on all of them."""
-    if all(abs(value) < float("inf") for value in values.values()):
-        return
-    listed = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
-    raise NonFiniteLossError(f"a {what} is not finite ({listed})")
-
-
-def do_test(cfg: DictConfig, model: SSLMetaArch, iteration: str | int) -> None:
-    """Export teacher and student to ``<output_dir>/eval/<iteration>``, e.g. ``training_9999``."""
-    folder = Path(cfg.train.output_dir) / "eval" / str(iteration)
-    centers = None
-    if cfg.train.centering == "centering":
-        model.finish_center_updates()
-        centers = {name: loss.center for name, loss in model.centers().items()}
-    export_networks(model.student, model.teacher, folder, centers=centers)
-    logger.info("exported teacher and student to %s", folder)
 
 
 @explained()
@@ -277,15 +179,6 @@ def do_train(
     return {name: meter.global_avg for name, meter in metrics.meters.items()}
 
 
-class Restored(NamedTuple):
-    """What a run starts from."""
-
-    checkpointer: FSDPCheckpointer
-    continues: bool  # from a checkpoint in the output directory
-    iterations_done: int  # by the run that wrote what was loaded; 0 if nothing was
-    data_order: dict[str, Any] | None  # of the run that is continued; None if it was not written down
-
-
 def _begin(cfg: DictConfig, model: SSLMetaArch, max_iterations: int) -> None:
     """Say what a run that has nothing to resume starts from."""
     # MODEL.WEIGHTS has replaced what was loaded, of which the report would tell.
@@ -302,47 +195,6 @@ def _begin(cfg: DictConfig, model: SSLMetaArch, max_iterations: int) -> None:
             "schedules and data order begin at iteration %d (optim.start_iter), the optimizer's moments at 0",
             start,
         )
-
-
-def restore(cfg: DictConfig, model: SSLMetaArch, *, resume: bool, **state: Any) -> Restored:
-    """Load the newest state of the output directory, else the weights of ``MODEL.WEIGHTS``, if any.
-
-    Args:
-        cfg: resolved config.
-        model: networks to load into.
-        resume: look for checkpoints in the output directory; else only ``MODEL.WEIGHTS`` counts.
-        state: what a checkpoint holds beside the model, e.g. ``optimizer``.
-    """
-    if model.fp16_scaler is not None:
-        state["fp16_scaler"] = model.fp16_scaler
-    checkpointer = FSDPCheckpointer(
-        model, cfg.train.output_dir, max_to_keep=cfg.checkpointing.max_to_keep, **state
-    )
-    continues = resume and checkpointer.has_checkpoint()
-    loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    data_order = loaded.get("data_order") if continues else None
-    return Restored(checkpointer, continues, loaded.get("iteration", -1) + 1, data_order)
-
-
-def save_if_due(
-    cfg: DictConfig,
-    model: SSLMetaArch,
-    checkpointer: FSDPCheckpointer,
-    iteration: int,
-    *,
-    is_last: bool,
-    order: DataOrder,
-) -> None:
-    """Export and checkpoint after the zero-based ``iteration``, by their periods and at the end."""
-    done = iteration + 1
-    export_period = cfg.evaluation.eval_period_iterations
-    if export_period > 0 and (done % export_period == 0 or is_last):
-        do_test(cfg, model, f"training_{iteration}")
-    period = cfg.checkpointing.period or 3 * cfg.train.OFFICIAL_EPOCH_LENGTH
-    if is_last or done % period == 0:
-        model.finish_center_updates()
-        name = "model_final" if is_last else f"model_{iteration:07d}"
-        checkpointer.save(name, iteration=iteration, data_order=order.state())
 
 
 def export_only(cfg: DictConfig, model: SSLMetaArch, *, resume: bool) -> None:

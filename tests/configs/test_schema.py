@@ -87,6 +87,13 @@ ADDED = {
     "train.worker_timeout": 900.0,
     "train.prefetch_factor": None,
     "train.worker_start_method": "default",
+    "compute_precision.hybrid_shard_size": None,
+    "train.activation_checkpointing": "none",
+    "train.max_bad_steps": 24,
+    "train.process_timeout": 1800.0,
+    "optim.accumulate_steps": 1,
+    "checkpointing.keep_every": None,
+    "checkpointing.asynchronous": True,
 }
 
 
