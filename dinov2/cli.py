@@ -14,7 +14,7 @@ from dinov2.errors import Interrupted, UserError
 # it this long, after which a launcher has stopped them. One that is still there was alone with its problem.
 OTHER_RANKS_DELAY_SECONDS = 5.0
 
-# What sysexits.h calls a temporary failure: start the same command again. Launchers can tell it from an error.
+# What sysexits.h calls a temporary failure: start the same command again. Launchers tell it from an error.
 EXIT_START_AGAIN = 75
 
 

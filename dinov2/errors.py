@@ -57,7 +57,7 @@ class OutputError(UserError, OSError):
     """The output directory cannot be used."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - nothing is wrong
     """The run was asked to stop (by a signal), has saved its state and goes on when it is started again.
 
     Args:

@@ -29,8 +29,9 @@ from dinov2 import cli
 from dinov2.data import DataAugmentationDINO
 from dinov2.data.crop_parameters import CropParameters, draw_crop, from_row
 from dinov2.data.datasets.decoders import ImageDataDecoder
+from dinov2.data.datasets.tensor_decoder import to_tensor
 from dinov2.data.device_crops import OPERATIONS, change_all_colours, change_colours_in_groups
-from dinov2.data.fast_crops import cut, to_tensor
+from dinov2.data.fast_crops import cut
 from dinov2.data.photometric import change_colours, normalizers
 from dinov2.data.random_stream import RandomStream
 from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -152,8 +153,8 @@ def race_pipelines(size: int, *, rounds: int, images: int) -> dict[str, Timing]:
     """Time the pipelines on tiles of ``size`` pixels, from the file to the crops."""
     files = make_files(size)
 
-    def from_file(augment: Pipeline, number: int) -> Any:
-        return augment(decode(files[number % len(files)]))
+    def from_file(augment: DataAugmentationDINO, number: int) -> Any:
+        return augment(augment.image_decoder(files[number % len(files)]).decode())
 
     plain = plain_pipeline()
     runs: dict[str, Callable[[int], Any]] = {

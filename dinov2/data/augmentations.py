@@ -14,8 +14,10 @@ import torch
 from torchvision import transforms
 
 from dinov2.data.crop_parameters import SCALE_REFERENCES, CropRecipe
+from dinov2.data.datasets.decoders import ImageDataDecoder
+from dinov2.data.datasets.tensor_decoder import TensorDecoder, to_tensor
 from dinov2.data.device_crops import NORMALISATION
-from dinov2.data.fast_crops import FastCrop, RawCrop, to_tensor
+from dinov2.data.fast_crops import FastCrop, RawCrop
 from dinov2.data.random_stream import RandomStream
 from dinov2.data.reference_crops import reference_crop
 from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -95,6 +97,8 @@ class DataAugmentationDINO:
             raise ConfigError(f"the number of local crops is {local_crops_number}; use 0 or more")
         self.local_crops_number = local_crops_number
         self.pipeline = pipeline
+        # How datasets are to decode for this transform.
+        self.image_decoder = ImageDataDecoder if pipeline == "reference" else TensorDecoder
         self.normalisation = torch.tensor([tuple(mean), tuple(std)], dtype=torch.float32)
         blurs = {kind: p if gaussian_blur == "nominal" else 1.0 - p for kind, p in NOMINAL_BLUR.items()}
         global_1 = CropRecipe(
@@ -151,7 +155,10 @@ class DataAugmentationDINO:
         )
 
     def __call__(self, image: Any) -> dict[str, Any]:
-        """Return the crops of a PIL image.
+        """Return the crops of an image.
+
+        Args:
+            image: a PIL image or, in the ``fast`` and ``device`` pipelines, also uint8 [1, 3, H, W].
 
         Returns:
             ``global_crops``: two tensors [3, H, W], normalised float32; ``global_crops_teacher``: the same
@@ -162,7 +169,8 @@ class DataAugmentationDINO:
         makers = [self.global_1, self.global_2, *[self.local] * self.local_crops_number]
         if self.pipeline == "reference":
             return _sample([make(image) for make in makers])
-        pixels, stream = to_tensor(image), RandomStream()
+        pixels = image if isinstance(image, torch.Tensor) else to_tensor(image)
+        stream = RandomStream()
         crops = [make(pixels, stream) for make in makers]
         if self.pipeline == "fast":
             return _sample(crops)

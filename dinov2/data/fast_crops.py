@@ -4,23 +4,13 @@ The image stays in 8 bits until a crop is cut. Regions are resized by torch's an
 8-bit images, which agrees with PIL's to one level.
 """
 
-from io import BytesIO
-
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from dinov2.data.crop_parameters import CropParameters, CropRecipe, draw_crop, to_row
 from dinov2.data.photometric import change_colours, normalizers
 from dinov2.data.random_stream import RandomStream
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """Return an RGB image as uint8 [1, 3, H, W], channels last in memory."""
-    # Nobody else holds the bytes, so BytesIO gives them out as writable memory without a copy.
-    pixels = torch.frombuffer(BytesIO(image.tobytes()).getbuffer(), dtype=torch.uint8)
-    return pixels.view(1, image.height, image.width, 3).permute(0, 3, 1, 2)
 
 
 def cut(image: Tensor, size: int, crop: CropParameters) -> Tensor:
@@ -51,7 +41,7 @@ class FastCrop:
         self.offset, self.scale = normalizers(torch.tensor(mean), torch.tensor(std))
 
     def __call__(self, image: Tensor, stream: RandomStream) -> Tensor:
-        """Return [3, size, size] float32 of an image that :func:`to_tensor` made."""
+        """Return [3, size, size] float32 of an image, uint8 [1, 3, H, W]."""
         crop = draw_crop(self.recipe, image.shape[3], image.shape[2], stream)
         pixels = cut(image, self.recipe.size, crop).contiguous().float()
         coloured = change_colours(pixels, crop.photometrics)
@@ -69,6 +59,6 @@ class RawCrop:
         self.recipe = recipe
 
     def __call__(self, image: Tensor, stream: RandomStream) -> tuple[Tensor, list[float]]:
-        """Return uint8 [3, size, size] and what is to happen to its colours, as one row of numbers."""
+        """Return uint8 [3, size, size] of an image, and as a row of numbers what its colours still need."""
         crop = draw_crop(self.recipe, image.shape[3], image.shape[2], stream)
         return cut(image, self.recipe.size, crop)[0], to_row(crop.photometrics)

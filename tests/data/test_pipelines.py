@@ -1,15 +1,18 @@
 """The fast pipelines against the reference: the same crops under the same seed, the same distributions."""
 
 from functools import partial
+from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import functional as ops
 
 from dinov2.data import DataAugmentationDINO, MaskingGenerator, collate_data_and_cast
+from dinov2.data.datasets.extended import ExtendedVisionDataset
+from dinov2.data.datasets.tensor_decoder import to_tensor
 from dinov2.data.device_crops import finish_batch, finish_sample
-from dinov2.data.fast_crops import to_tensor
 from dinov2.errors import ConfigError, ImageReadError
 
 SCALES = ((0.32, 1.0), (0.05, 0.32))
@@ -80,6 +83,30 @@ def test_to_tensor_gives_the_pixels_as_they_lie_in_memory_of_its_own(tiles, recw
     pixels.fill_(7)
     assert np.array_equal(np.asarray(image), np.asarray(tiles[0]))
     assert not recwarn.list  # torch warns where it gets memory that must not be written
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_datasets_decode_as_the_pipeline_wants_it(tiles, pipeline):
+    buffer = BytesIO()
+    tiles[0].save(buffer, "JPEG")
+
+    class OneTile(ExtendedVisionDataset):
+        def get_image_data(self, index):
+            return buffer.getvalue()
+
+        def get_target(self, index):
+            return ()
+
+    augment = make(pipeline)
+    torch.manual_seed(0)
+    sample, _ = OneTile("", transform=augment)[0]
+    torch.manual_seed(0)
+    with Image.open(buffer) as image:
+        expected = augment(image.convert("RGB"))
+    for one, same in zip(sample["global_crops"], expected["global_crops"], strict=True):
+        assert torch.equal(one, same)
+    seen = OneTile("", transform=augment).image_decoder(buffer.getvalue()).decode()
+    assert isinstance(seen, Image.Image if pipeline == "reference" else torch.Tensor)
 
 
 def test_layout_of_the_device_pipeline(tiles):

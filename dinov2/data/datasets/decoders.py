@@ -73,9 +73,9 @@ def _decode(data: bytes, *, as_rgb: bool) -> Image.Image:
     _refuse_truncated_images()
     try:
         with Image.open(BytesIO(data)) as image:
-            _check_size(image.size)
+            check_size(image.size)
             if image.format in ("JPEG", "MPO"):
-                _check_jpeg_end(data)
+                check_jpeg_end(data)
             image.load()
             pixels = to_rgb(image) if as_rgb else image.copy()
             if image.format in ("JPEG", "MPO"):
@@ -97,7 +97,7 @@ def _decode(data: bytes, *, as_rgb: bool) -> Image.Image:
 _TOO_LARGE = f"more than {MAX_PIXELS:,} pixels: cut it into tiles first"
 
 
-def _check_size(size: tuple[int, int]) -> None:
+def check_size(size: tuple[int, int]) -> None:
     """Refuse huge images before a pixel is decoded, whatever Pillow's own limit has been set to."""
     width, height = size
     if width * height > MAX_PIXELS:
@@ -111,7 +111,7 @@ def _refuse_truncated_images() -> None:
         ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
-def _check_jpeg_end(data: bytes) -> None:
+def check_jpeg_end(data: bytes) -> None:
     """Find the end mark behind the last scan: a file whose tail was lost to zeros may decode without it."""
     if not data.endswith(JPEG_END) and data.rfind(JPEG_END) < data.rfind(JPEG_SCAN):
         raise ImageReadError("cut off: the JPEG data have no end mark, the tail of the file is missing")

@@ -27,19 +27,21 @@ class ExtendedVisionDataset(VisionDataset):
 
     Args:
         root, transforms, transform, target_transform: as for torchvision's ``VisionDataset``.
-        image_decoder: bytes -> decoder of the image.
+        image_decoder: bytes -> decoder of the image. By default the one that ``transform`` names in an
+            attribute ``image_decoder``, else :class:`ImageDataDecoder`.
         target_decoder: label -> decoder of the label.
     """
 
     def __init__(
         self,
         *args: Any,
-        image_decoder: Callable[[bytes], Decoder] = ImageDataDecoder,
+        image_decoder: Callable[[bytes], Decoder] | None = None,
         target_decoder: Callable[[Any], Decoder] = TargetDecoder,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.image_decoder = image_decoder
+        wanted = getattr(self.transform, "image_decoder", ImageDataDecoder)
+        self.image_decoder = wanted if image_decoder is None else image_decoder
         self.target_decoder = target_decoder
 
     def __len__(self) -> int:

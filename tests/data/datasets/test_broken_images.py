@@ -14,10 +14,12 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image, ImageCms, ImageFile
 
 from dinov2.data.datasets.decoders import MAX_PIXELS, DenseTargetDecoder, ImageDataDecoder
 from dinov2.data.datasets.extended import ExtendedVisionDataset
+from dinov2.data.datasets.tensor_decoder import TensorDecoder, to_tensor
 from dinov2.errors import DataLoadingError, DatasetError, ImageReadError
 from tests.conftest import REAL_DATA
 
@@ -46,16 +48,20 @@ def tiff(values, **options):
 def decode(data):
     image = ImageDataDecoder(data).decode()
     assert image.mode == "RGB"
+    assert torch.equal(TensorDecoder(data).decode(), to_tensor(image))
     return np.asarray(image).astype(int)
 
 
 def refusal(data):
-    with pytest.raises(ImageReadError) as caught:
-        ImageDataDecoder(data).decode()
-    text = str(caught.value)
-    assert text
-    assert "\n" not in text
-    return text
+    texts = []
+    for decoder in (ImageDataDecoder, TensorDecoder):
+        with pytest.raises(ImageReadError) as caught:
+            decoder(data).decode()
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+    assert texts[0]
+    assert "\n" not in texts[0]
+    return texts[0]
 
 
 def plain_decode(data):
@@ -83,6 +89,20 @@ def test_plain_pictures_are_decoded_as_ever(tile, name):
     got, expected = ImageDataDecoder(data).decode(), plain_decode(data)
     assert (got.mode, got.size) == (expected.mode, expected.size)
     assert got.tobytes() == expected.tobytes()
+    assert (decode(data) == np.asarray(expected)).all()  # by both decoders
+
+
+@pytest.mark.parametrize(
+    ("name", "grey", "by_pil"),
+    [("jpeg", False, False), ("progressive", False, False), ("jpeg", True, True), ("png", False, True)],
+)
+def test_ordinary_jpegs_alone_go_round_pil(tile, name, grey, by_pil, monkeypatch):
+    """A last pixel in the colour of missing data calls for PIL's closer look."""
+    asked = []
+    monkeypatch.setattr(ImageDataDecoder, "decode", lambda self: asked.append(self) or tile)
+    picture = Image.new("RGB", tile.size, (128, 128, 128)) if grey else tile
+    TensorDecoder(encode(picture, FORMATS[name][0], **FORMATS[name][1])).decode()
+    assert bool(asked) == by_pil
 
 
 @pytest.mark.parametrize("name", FORMATS)
