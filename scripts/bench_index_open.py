@@ -33,7 +33,7 @@ REPO = Path(__file__).resolve().parents[1]
 PICTURE = REPO / "scripts" / "data" / "hgsc_nest.jpg"
 TILE_PIXELS = 256
 CHUNK_ROWS = 1 << 20
-METHODS, KINDS = ("fork", "spawn"), ("plain", "augmented")
+METHODS, KINDS = ("fork", "forkserver", "spawn"), ("plain", "augmented")
 COLUMNS = ("opened", "seconds", "cpu", "empty", "worker", "main")
 
 
@@ -148,12 +148,14 @@ def measure(folder: Path, method: str, kind: str, batch: int) -> None:
     from torch.utils.data import DataLoader
 
     from dinov2.data import make_dataset
+    from dinov2.data.workers import worker_options
     from dinov2.train import input as trainer
 
     torch.multiprocessing.set_start_method(method)
     torch.set_num_threads(1)
-    empty, _ = draw(DataLoader(Nothing(), batch_size=batch, num_workers=1))
     cfg = run_config(folder, batch)
+    options = worker_options(1, timeout=0, prefetch_factor=None, start_method=method)
+    empty, _ = draw(DataLoader(Nothing(), batch_size=batch, **options))
     before, begin, cpu = memory_mib(os.getpid(), "Rss"), time.perf_counter(), time.process_time()
     if kind == "plain":
         dataset = make_dataset(

@@ -1,6 +1,8 @@
 """Randomness and arithmetic inside the loader's workers."""
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from dinov2 import distributed
 from dinov2.data import SamplerType, make_data_loader
 from dinov2.data.workers import seed_worker, worker_generator
+from tests.conftest import REPO
 
 
 class Denormals(torch.utils.data.Dataset):
@@ -32,6 +35,35 @@ def test_workers_flush_denormals():
         sums[num_workers] = next(iter(loader)).abs().sum().item()
     assert sums[0] > 0
     assert sums[1] == 0
+
+
+SHARED_IMPORTS = """
+import sys
+from torch.utils.data import DataLoader, Dataset
+from dinov2.data.workers import worker_options
+
+class Memory(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        with open("/proc/self/smaps_rollup") as file:
+            return sum(int(line.split()[1]) for line in file if line.startswith("Private_"))
+
+if __name__ == "__main__":
+    options = worker_options(1, timeout=0, prefetch_factor=None, start_method="forkserver")
+    print(int(next(iter(DataLoader(Memory(), **options)))))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_workers_of_a_fork_server_share_what_they_import(tmp_path):
+    """torch alone has 280 MiB that a process of its own can not share."""
+    script = tmp_path / "memory.py"
+    script.write_text(SHARED_IMPORTS)
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=REPO, check=True)
+    assert int(run.stdout) / 1024 < 100
 
 
 def test_generator_depends_on_seed_rank_and_position(monkeypatch):
