@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dinov2.errors import ConfigError, nearest
 from dinov2.layers import MemEffAttention, Mlp, NestedTensorBlock, PatchEmbed, SwiGLUFFNFused
 from dinov2.layers.block import get_attn_bias_and_cat
+from dinov2.layers.layer_norm import LayerNorm
 from dinov2.layers.packing import PackedLayout
 from dinov2.layers.pos_embed import resample_positions
 
@@ -124,7 +125,7 @@ class DinoVisionTransformer(nn.Module):
                 f'ffn_layer "{ffn_layer}" does not exist{nearest(ffn_layer, FFN_LAYERS)}; '
                 f"use one of {', '.join(FFN_LAYERS)}"
             )
-        norm_layer = partial(nn.LayerNorm, eps=norm_eps)
+        norm_layer = partial(LayerNorm, eps=norm_eps)
         self.num_features = self.embed_dim = embed_dim
         self.num_tokens = 1
         self.n_blocks = depth

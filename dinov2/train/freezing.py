@@ -6,12 +6,15 @@ What is frozen has ``requires_grad`` False: its backward pass is skipped and Ada
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from dinov2.errors import ConfigError
+from dinov2.fsdp.sharding import laid_out_like, same_layout
 from dinov2.train.schedules import ScheduleValues
 from dinov2.utils.param_groups import count_blocks, layer_index
 
@@ -103,3 +106,19 @@ def moving_pairs(teacher: nn.Module, student: nn.Module) -> list[tuple[nn.Parame
     """
     pairs = zip(teacher.parameters(), student.parameters(), strict=True)
     return [(mine, other) for mine, other in pairs if other.requires_grad]
+
+
+@torch.no_grad()
+def move_towards(pairs: Iterable[tuple[Tensor, Tensor]], share: float) -> None:
+    """Move the first tensor of each pair by ``share`` (0..1) towards the second, in place.
+
+    Either may be sharded, and they may be so in different ways; then every process must call. Those that are
+    divided alike are moved together and without communication, others one at a time.
+    """
+    pairs = list(pairs)
+    alike = [pair for pair in pairs if same_layout(*pair)]
+    if alike:
+        torch._foreach_lerp_(*map(list, zip(*alike, strict=True)), share)
+    for mine, other in pairs:
+        if not same_layout(mine, other):
+            torch._foreach_lerp_([mine], [laid_out_like(other, mine)], share)

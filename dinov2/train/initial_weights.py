@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from dinov2.fsdp.sharding import whole_tensor
 from dinov2.models.report import LoadReport
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -46,7 +47,10 @@ class InitialWeights:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Return a digest of the names, shapes and bits of a module's state, the same on every device."""
+    """Return a digest of the names, shapes and bits of a module's state, the same on every device.
+
+    It does not depend on whether the module is sharded; if it is, every process must call.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_checksum(tensor)}\n".encode())
@@ -58,5 +62,5 @@ def _checksum(tensor: Tensor) -> int:
 
     Hashing the bytes themselves would move a model of 5 GB from its GPU and take many seconds.
     """
-    bits = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).flatten().long()
+    bits = whole_tensor(tensor.detach()).contiguous().view(_INTEGERS[tensor.element_size()]).flatten().long()
     return int((bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum())

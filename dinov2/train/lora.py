@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.errors import ConfigError
-from dinov2.train.freezing import train_unlearned_mask_token
+from dinov2.train.freezing import move_towards, train_unlearned_mask_token
 
 logger = logging.getLogger("dinov2")
 
@@ -88,7 +88,6 @@ def follow_adapted(teacher: nn.Module, student: nn.Module, share: float) -> None
     """
     targets = dict(teacher.named_parameters())
     for name, weight in merged_weights(student):
-        targets[name].lerp_(weight, share)
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad and name in targets:
-            targets[name].lerp_(parameter, share)
+        move_towards([(targets[name], weight)], share)
+    moving = [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
+    move_towards(((targets[name], parameter) for name, parameter in moving if name in targets), share)

@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dinov2 import distributed
+from dinov2.fsdp.sharding import whole_tensor
 
 # Gradients are averaged over ranks in pieces of this many elements: few messages, bounded extra memory.
 BUCKET_ELEMENTS = 8 * 2**20
@@ -38,14 +40,17 @@ def apply_optim_scheduler(
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace gradients by their mean over ranks; nothing to do without a process group."""
+    """Replace gradients by their mean over ranks; nothing to do without a process group.
+
+    Those of sharded parameters are left alone: the backward pass has averaged them already.
+    """
     if not distributed.is_enabled():
         return
     # Every rank runs the same networks on every step, so a parameter without a gradient has none anywhere.
     bucket: list[Tensor] = []
     elements = 0
     for parameter in parameters:
-        if parameter.grad is None:
+        if parameter.grad is None or isinstance(parameter.grad, DTensor):
             continue
         bucket.append(parameter.grad)
         elements += parameter.grad.numel()
@@ -69,7 +74,10 @@ def clip_gradients(submodules: nn.ModuleDict, max_norm: float | None) -> dict[st
     """Clip each submodule by its own gradient norm, as DINOv2 does; a falsy ``max_norm`` only measures.
 
     Returns:
-        Submodule name -> scalar norm before clipping.
+        Submodule name -> scalar norm before clipping, the same on all ranks.
     """
     limit = max_norm or float("inf")
-    return {name: nn.utils.clip_grad_norm_(module.parameters(), limit) for name, module in submodules.items()}
+    return {
+        name: whole_tensor(nn.utils.clip_grad_norm_(module.parameters(), limit))
+        for name, module in submodules.items()
+    }

@@ -1,8 +1,9 @@
-"""Which number format each network computes in.
+"""Which number format each network computes in, and in which its gradients are averaged.
 
 Weights, gradients, optimizer state and losses are float32. A network configured for fp16 or bf16
 (``compute_precision.<student|teacher>.<part>.mixed_precision.param_dtype``) runs its forward pass under
-autocast in that format.
+autocast in that format; where it is sharded, its weights are sent in it. ``reduce_dtype`` is the format in
+which gradients of sharded networks are sent and averaged.
 """
 
 from pathlib import Path
@@ -35,6 +36,15 @@ def effective_dtype(configured: str, device: torch.device) -> torch.dtype:
     return DTYPES[configured]
 
 
+def effective_reduce_dtype(configured: str, compute_dtype: torch.dtype) -> torch.dtype:
+    """Return the format in which the gradients of a sharded network that computes in one are averaged.
+
+    fp16, which DINOv2's configs state, holds only gradients that are scaled, and they are scaled only where
+    a network computes in fp16. With another format it therefore stands for that format.
+    """
+    return compute_dtype if configured == "fp16" else DTYPES[configured]
+
+
 class Precision:
     """The formats of all six networks, and the autocast contexts that apply them.
 
@@ -51,6 +61,12 @@ class Precision:
             for part in PARTS
         }
         self.dtypes = {key: effective_dtype(name, device) for key, name in self.configured.items()}
+        self.reduce_dtypes = {
+            (network, part): effective_reduce_dtype(
+                compute_precision[network][part].mixed_precision.reduce_dtype, dtype
+            )
+            for (network, part), dtype in self.dtypes.items()
+        }
 
     def autocast(self, network: str, part: str) -> torch.autocast:
         """Return the context in which to run e.g. ``("student", "backbone")``."""

@@ -18,14 +18,15 @@ from dinov2 import distributed
 from dinov2.configs import dinov2_default_config
 from dinov2.data.device_crops import finish_batch
 from dinov2.errors import ConfigError
-from dinov2.fsdp import ShardedGradScaler
+from dinov2.fsdp import ShardedGradScaler, reshard_fsdp_model
 from dinov2.layers import DINOHead
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2.models import build_model_from_cfg
-from dinov2.train.freezing import freeze_first_blocks, moving_pairs
+from dinov2.train.freezing import freeze_first_blocks, move_towards, moving_pairs
 from dinov2.train.initialization import load_initial_weights
 from dinov2.train.lora import add_adapters, follow_adapted
 from dinov2.train.precision import Precision
+from dinov2.train.sharding import shard_networks
 from dinov2.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
 from dinov2.utils.utils import has_batchnorms
 
@@ -289,12 +290,13 @@ class SSLMetaArch(nn.Module):
 
         Those that are frozen in the student stay as they are. With LoRA, the student's are the merged ones.
         """
+        reshard_fsdp_model(self)
         followed = list(self.student)
         if self.cfg.student.lora_rank:
             followed.remove("backbone")
             follow_adapted(self.teacher["backbone"], self.student["backbone"], 1.0 - m)
-        pairs = [pair for name in followed for pair in moving_pairs(self.teacher[name], self.student[name])]
-        torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1.0 - m)
+        for name in followed:
+            move_towards(moving_pairs(self.teacher[name], self.student[name]), 1.0 - m)
 
     def train(self, mode: bool = True) -> "SSLMetaArch":
         """Set the student's mode; the teacher always stays in evaluation mode."""
@@ -330,13 +332,14 @@ class SSLMetaArch(nn.Module):
         return [group for m in self.student.values() for group in self.get_maybe_fused_params_for_submodel(m)]
 
     def prepare_for_distributed_training(self) -> None:
-        """Give teacher and student, on every rank, the values to start from; choose number formats.
+        """Give teacher and student, on every rank, the values to start from; shard; choose number formats.
 
-        Call once the networks are on their device. Teacher parts that were loaded from a file keep their
-        values, the others copy the student's.
+        Call once the networks are on their device, and before an optimizer is made. Teacher parts that were
+        loaded from a file keep their values, the others copy the student's.
 
         Raises:
-            ConfigError: if the student holds batch normalisation, whose statistics ranks would not share.
+            ConfigError: if the student holds batch normalisation, whose statistics ranks would not share, or
+                the processes cannot be grouped for HYBRID_SHARD.
         """
         if has_batchnorms(self.student):
             raise ConfigError(
@@ -347,11 +350,12 @@ class SSLMetaArch(nn.Module):
             if f"teacher.{name}" not in self.initial_weights.parts:
                 self.teacher[name].load_state_dict(module.state_dict())
         self._restrict_training()
+        self.precision = Precision(self.cfg.compute_precision, self.device)
         if distributed.is_enabled():
-            logger.info("every process holds the whole model; sharding_strategy has no effect yet")
             for tensor in self.state_dict().values():
                 dist.broadcast(tensor, src=0)
-        self.precision = Precision(self.cfg.compute_precision, self.device)
+        if distributed.get_global_size() > 1:
+            shard_networks(self.student, self.teacher, self.precision, self.cfg.compute_precision)
         if self.cfg.compute_precision.grad_scaler and self.precision.needs_grad_scaler:
             self.fp16_scaler = ShardedGradScaler()
 

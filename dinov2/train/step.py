@@ -8,6 +8,7 @@ import torch
 from dinov2 import distributed
 from dinov2.data.unreadable import UNREADABLE
 from dinov2.errors import UserError
+from dinov2.fsdp import reshard_fsdp_model
 from dinov2.train.optimizer import apply_optim_scheduler, average_gradients, clip_gradients
 from dinov2.train.schedules import ScheduleValues
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -47,6 +48,7 @@ def train_step(
 
     losses = model.compute_losses(images, values.teacher_temp)
     model.backprop_loss(losses.total)
+    reshard_fsdp_model(model.student)  # a frozen backbone has had no backward pass to do it
     average_gradients(model.student.parameters())
     # Read only now: waiting for the values before the backward pass would leave a GPU idle.
     reduced = reduce_losses({**losses.logged, "total_loss": losses.total.detach(), UNREADABLE: unreadable})

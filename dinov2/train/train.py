@@ -38,6 +38,7 @@ from dinov2.train.run_length import describe_run_length, settle_run_length, tota
 from dinov2.train.run_state import do_test, restore, save_if_due
 from dinov2.train.schedules import build_schedulers
 from dinov2.train.self_check import enforce, run_self_check
+from dinov2.train.sharding import require_equal_groups
 from dinov2.train.show_crops import show_crops
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.step import NonFiniteLossError, train_step
@@ -219,6 +220,7 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     device = resolve_device(cfg.train.device)
     settle_config(cfg)
+    require_equal_groups(cfg.compute_precision)
     # Before the networks are built: a wrong dataset string should not cost the time that takes.
     dataset = None if args.eval_only else build_dataset(cfg)
     model = SSLMetaArch(cfg).to(device)

@@ -7,10 +7,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from dinov2 import distributed, fsdp
 from dinov2.errors import ConfigError
 from dinov2.fsdp import FSDPCheckpointer, get_fsdp_wrapper
+from dinov2.fsdp.sharding import whole_tensor
 from tests.distributed.launch import run_in_processes
 
 
@@ -113,10 +115,33 @@ def _overflow_on_one_rank():
     return unchanged, scaler.get_scale()
 
 
+def _accumulated_gradients(strategy):
+    """Gradients of one batch, and of its two halves one after the other."""
+    rank, size = distributed.get_global_rank(), distributed.get_global_size()
+    batch = torch.randn(8, 5, generator=torch.Generator().manual_seed(1)).chunk(size)[rank]
+    model = get_fsdp_wrapper(precision(strategy), {Block})(build())
+
+    def gradients():
+        fsdp.reshard_fsdp_model(model)
+        return [whole_tensor(parameter.grad).tolist() for parameter in model.parameters()]
+
+    model(batch).square().mean().backward()
+    at_once = gradients()
+    model.zero_grad()
+    first, second = batch.chunk(2)
+    fsdp.defer_gradient_reduction(model, True)
+    (model(first).square().mean() / 2).backward()
+    reduced = any(isinstance(parameter.grad, DTensor) for parameter in model.parameters())
+    fsdp.defer_gradient_reduction(model, False)
+    (model(second).square().mean() / 2).backward()
+    return reduced, gradients(), at_once
+
+
 def _everything(folder):
     outcome = {strategy: _sharded_run(f"{folder}/{strategy}", strategy) for strategy in STRATEGIES}
     outcome["unsharded"] = _resume_unsharded(f"{folder}/single")
     outcome["scaler"] = _overflow_on_one_rank()
+    outcome["accumulated"] = {strategy: _accumulated_gradients(strategy) for strategy in STRATEGIES}
     return outcome
 
 
@@ -173,6 +198,16 @@ def test_two_processes_continue_what_one_wrote_and_agree_on_the_file(two_process
 def test_the_scaler_agrees_over_processes(two_processes):
     _, _, outcomes = two_processes
     assert [outcome["scaler"] for outcome in outcomes] == [(True, 4.0), (True, 4.0)]
+
+
+@pytest.mark.parametrize(("strategy", "at_once"), [("FULL_SHARD", True), ("SHARD_GRAD_OP", False)])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(two_processes, strategy, at_once):
+    _, _, outcomes = two_processes
+    for outcome in outcomes:
+        reduced, accumulated, expected = outcome["accumulated"][strategy]
+        assert reduced is at_once
+        for got, whole in zip(accumulated, expected, strict=True):
+            torch.testing.assert_close(torch.tensor(got), torch.tensor(whole), rtol=1e-5, atol=1e-7)
 
 
 def test_without_a_group_nothing_is_wrapped():

@@ -28,7 +28,7 @@ def spoil(fault: str, cfg, model, dataset) -> None:
     elif fault == "teacher":
         model.teacher["backbone"].cls_token.data.add_(1.0)
     elif fault == "forward":
-        model.student["backbone"].norm = None
+        model.student["backbone"].norm.forward = None
     elif fault == "tile":
         dataset.get_image_data = lambda index: b"no image"
 

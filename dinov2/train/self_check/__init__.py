@@ -91,6 +91,7 @@ def run_self_check(
         start = _find_start_together(
             cfg, model, optimizer, dataset, initial, start_iteration, continues, order
         )
+        _ = start.student  # gathered here, together, so that checks may run it each on their own
         lines = [line for check in ALONE for line in _attempt(check, start)]
         lines += check_duplicates(start)
         if any(distributed.all_gather_objects(any(FAILED in line.values for line in lines))):

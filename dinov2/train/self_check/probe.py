@@ -23,6 +23,8 @@ from dinov2 import distributed
 from dinov2.data.data_order import DataOrder
 from dinov2.data.device_crops import finish_batch
 from dinov2.errors import DatasetError
+from dinov2.fsdp import reshard_fsdp_model
+from dinov2.fsdp.sharding import whole_copy
 from dinov2.loss.centering import CenteredLoss
 from dinov2.train.initial_weights import InitialWeights
 from dinov2.train.input import ReproducibleSamples, build_collate, build_sampler
@@ -55,10 +57,10 @@ class Start:
         """Whether the weights are those of ``initial``, not those of a checkpoint of training."""
         return not self.continues and not self.cfg.MODEL.WEIGHTS
 
-    @property
+    @cached_property
     def student(self) -> nn.Module:
-        """The student's backbone."""
-        return self.model.student["backbone"]
+        """The student's backbone, as a whole copy if it is sharded: every process must ask first."""
+        return whole_copy(self.model.student["backbone"])
 
     @cached_property
     def passes(self) -> "Passes":
@@ -183,6 +185,7 @@ def unchanged(model: SSLMetaArch, optimizer: torch.optim.Optimizer) -> Iterator[
         with torch.random.fork_rng(devices=cuda), torch.no_grad():
             yield
     finally:
+        reshard_fsdp_model(model)
         random.setstate(generators[0])
         np.random.set_state(generators[1])
         for module, training in modes:

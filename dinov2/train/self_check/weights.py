@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dinov2.errors import some_of
+from dinov2.fsdp.sharding import whole_tensor
 from dinov2.models.report import LoadReport
 from dinov2.train.initial_weights import fingerprint
 from dinov2.train.self_check.probe import Start
@@ -103,7 +104,9 @@ def _equal(student: nn.Module, teacher: nn.Module) -> bool:
     ours, theirs = student.state_dict(), teacher.state_dict()
     if not theirs.keys() <= ours.keys():
         ours = {name.replace(".base_layer.", "."): tensor for name, tensor in ours.items()}
-    return all(name in ours and torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    # A list, as every process must gather all of what is sharded.
+    pairs = [(whole_tensor(ours[name]), whole_tensor(theirs[name])) for name in theirs if name in ours]
+    return theirs.keys() <= ours.keys() and all(torch.equal(*pair) for pair in pairs)
 
 
 def check_heads(start: Start) -> Iterator[Line]:
