@@ -167,6 +167,17 @@ def losses(values: Values) -> Iterator[Finding]:
         )
 
 
+def accumulation(values: Values) -> Iterator[Finding]:
+    steps = values["optim.accumulate_steps"]
+    everywhere = values["dino.koleo_loss_weight"] > 0 and values["dino.koleo_scope"] == "global"
+    if steps > 1 and everywhere:
+        yield Finding(
+            f"optim.accumulate_steps is {steps} and dino.koleo_scope 'global', whose neighbours among all "
+            "images of a step are not known while its batches come one by one: set dino.koleo_scope=rank or "
+            "optim.accumulate_steps=1"
+        )
+
+
 def ibot_head(values: Values) -> Iterator[Finding]:
     if values["ibot.separate_head"]:
         return
@@ -186,7 +197,9 @@ def learning_rate(values: Values) -> Iterator[Finding]:
             yield Finding(
                 "optim.scaling_rule is 'none' and optim.lr is 0: state optim.lr, which is then used as it is"
             )
-    elif lr and not is_scaled(lr, base, rule, values["train.batch_size_per_gpu"]):
+    elif lr and not is_scaled(
+        lr, base, rule, values["train.batch_size_per_gpu"], values["optim.accumulate_steps"]
+    ):
         yield warn(
             f"optim.lr {lr:g} is not used: optim.scaling_rule {rule} derives it from optim.base_lr {base:g}; "
             "to use optim.lr as it is, set optim.scaling_rule=none"
@@ -250,6 +263,7 @@ CHECKS: tuple[Callable[[Values], Iterator[Finding]], ...] = (
     crop_colours,
     run_length,
     losses,
+    accumulation,
     ibot_head,
     learning_rate,
     weight_sources,

@@ -17,6 +17,7 @@ from dinov2.layers.drop_path import DropPath
 from dinov2.layers.layer_scale import LayerScale
 from dinov2.layers.mlp import Mlp
 from dinov2.layers.packing import PackedLayout
+from dinov2.layers.recompute import run
 
 __all__ = [
     "XFORMERS_AVAILABLE",
@@ -52,6 +53,10 @@ class Block(nn.Module):
         drop_path: stochastic depth rate, 0..1.
         act_layer, norm_layer, attn_class, ffn_layer: what the block is made of.
     """
+
+    # A key of dinov2.layers.recompute.MODES; may be set per module. The block itself recomputes, inside its
+    # forward, so that hooks on it (FSDP's) run once in each direction.
+    recompute = "none"
 
     def __init__(
         self,
@@ -97,6 +102,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``[b, n, D]``."""
+        return run(self.recompute, self._forward_batch, x)
+
+    def _forward_batch(self, x: Tensor) -> Tensor:
         if self.training and self.sample_drop_ratio > SUBSET_MIN_RATE:
             for branch in (self.attention_branch, self.ffn_branch):
                 x = drop_add_residual_stochastic_depth(x, branch, self.sample_drop_ratio)
@@ -122,11 +130,11 @@ class NestedTensorBlock(Block):
             The same structure as the input.
         """
         if layout is not None:
-            return self._forward_packed(x_or_x_list, layout)
+            return run(self.recompute, self._forward_packed, x_or_x_list, layout)
         if isinstance(x_or_x_list, Tensor):
             return super().forward(x_or_x_list)
         layout, packed = get_attn_bias_and_cat(x_or_x_list)
-        return layout.split(self._forward_packed(packed, layout))
+        return layout.split(run(self.recompute, self._forward_packed, packed, layout))
 
     def _forward_packed(self, x: Tensor, layout: PackedLayout) -> Tensor:
         for branch in (self.attention_branch, self.ffn_branch):

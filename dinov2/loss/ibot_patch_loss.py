@@ -75,7 +75,9 @@ class iBOTPatchLoss(CenteredLoss):
         return (loss * masks_weight).sum() / student_masks_flat.shape[0]
 
     def _center_rows(self, teacher_logits: Tensor) -> Tensor:
-        """[1, M, K] logits give one row, the mean over the masked patches: ranks count alike, whatever M."""
+        """[1, M, K] or [M, K] logits give one row, their mean: ranks and chunks count alike, whatever M."""
+        if teacher_logits.ndim == 2:
+            teacher_logits = teacher_logits[None]
         if teacher_logits.shape[1] == 0:
             return teacher_logits.new_zeros(0, teacher_logits.shape[-1])
         return teacher_logits.mean(dim=1)

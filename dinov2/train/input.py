@@ -1,7 +1,14 @@
-"""From the config to an endless stream of collated batches, the same one after a resume."""
+"""From the config to an endless stream of collated batches, the same one after a resume.
 
-from collections.abc import Callable, Iterator, Mapping
+With ``optim.accumulate_steps`` k every process plays k *streams*: what k processes of a run of k times as
+many would draw. A step takes one batch, here called micro-batch, of each. Streams are numbered like the
+processes of that larger run: process r plays r * k to r * k + k - 1. Data order, augmentation, masks and
+stochastic depth depend on the stream's number and know nothing of the processes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,7 +40,7 @@ class ReproducibleSamples(Dataset):
     Args:
         dataset: map-style dataset whose transform draws from Python's, numpy's or torch's generator.
         seed: seed of the run.
-        rank: this process's rank, so that no two ranks augment alike.
+        rank: number of the stream (of the process, where it plays but one), so that no two augment alike.
     """
 
     def __init__(self, dataset: Dataset, seed: int, rank: int) -> None:
@@ -77,6 +84,49 @@ class PositionSampler(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return enumerate(iter(self.sampler), start=self.first_position)
+
+
+class Streams(Dataset):
+    """Several streams of samples behind one loader, indexed by (number, key of a sample in that stream)."""
+
+    def __init__(self, streams: Sequence[Dataset]) -> None:
+        self.streams = streams
+
+    def __getitem__(self, place: tuple[int, Any]) -> Any:
+        number, key = place
+        return self.streams[number][key]
+
+
+class MicroBatchSampler(Sampler):
+    """Deals batches of the keys of several endless streams in turn, as :class:`Streams` takes them."""
+
+    def __init__(self, samplers: Sequence[Sampler], batch_size: int) -> None:
+        self.samplers = samplers
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, Any]]]:
+        streams = [iter(sampler) for sampler in self.samplers]
+        while True:
+            for number, stream in enumerate(streams):
+                yield [(number, key) for key in islice(stream, self.batch_size)]
+
+
+def stream_count(cfg: DictConfig) -> int:
+    """Return the number of streams of all processes."""
+    return distributed.get_global_size() * cfg.optim.accumulate_steps
+
+
+def own_streams(cfg: DictConfig) -> range:
+    """Return the numbers, among those of all processes, of the streams that this process plays."""
+    count = cfg.optim.accumulate_steps
+    return range(distributed.get_global_rank() * count, (distributed.get_global_rank() + 1) * count)
+
+
+def in_steps(micro_batches: Iterable[Any], count: int) -> Iterator[list[Any]]:
+    """Group an endless stream of micro-batches into the ``count`` of each step."""
+    iterator = iter(micro_batches)
+    while step := list(islice(iterator, count)):
+        yield step
 
 
 def build_augmentation(cfg: DictConfig) -> DataAugmentationDINO:
@@ -142,22 +192,32 @@ def find_order(
         dataset: what :func:`build_dataset` returns.
         start_iteration: iterations already done.
         stored: ``data_order`` of the checkpoint that the run goes on from. Without it, those iterations count
-            as done with the present batch size and number of processes.
+            as done with the present batch size and number of streams.
     """
     order = DataOrder(cfg.train.sampler_type, cfg.train.seed, len(dataset))
     if stored is not None:
         return order.continued(stored)
     drawn = start_iteration * cfg.train.batch_size_per_gpu
-    return order.advanced(distributed.get_global_size(), drawn)
+    return order.advanced(stream_count(cfg), drawn)
 
 
 def build_sampler(
-    cfg: DictConfig, dataset: Dataset, start_iteration: int, *, order: DataOrder | None = None
+    cfg: DictConfig,
+    dataset: Dataset,
+    start_iteration: int,
+    *,
+    order: DataOrder | None = None,
+    stream: int | None = None,
 ) -> PositionSampler:
-    """Return this rank's endless order of tiles, from the batch of ``start_iteration`` on, see find_order."""
+    """Return the endless order of tiles of a stream, from the batch of ``start_iteration`` on.
+
+    Args:
+        cfg, dataset, start_iteration, order: as for :func:`build_data_loader`.
+        stream: its number; by default the first that this process plays.
+    """
     order = find_order(cfg, dataset, start_iteration) if order is None else order
-    sampler = order.sampler(distributed.get_global_rank(), distributed.get_global_size())
-    return PositionSampler(sampler, order.position)
+    number = own_streams(cfg)[0] if stream is None else stream
+    return PositionSampler(order.sampler(number, stream_count(cfg)), order.position)
 
 
 def build_data_loader(
@@ -168,11 +228,12 @@ def build_data_loader(
     *,
     order: DataOrder | None = None,
 ) -> WatchedLoader:
-    """Return the endless loader of this rank's batches, from the batch of ``start_iteration`` on.
+    """Return the endless loader of this rank's micro-batches, from those of ``start_iteration`` on.
 
-    Order and augmentation are functions of ``train.seed``, the rank and the position in the run alone, so a
+    The ``optim.accumulate_steps`` micro-batches of a step follow each other, see :func:`in_steps`. Order,
+    augmentation and masks are functions of ``train.seed``, the stream and the position in it alone, so a
     resumed run sees what it would have seen. The number of loader workers changes nothing. After a change of
-    the number of processes the run goes on with what they had not drawn (:mod:`dinov2.data.data_order`).
+    the number of streams the run goes on with what they had not drawn (:mod:`dinov2.data.data_order`).
     Batches in which samples had to be replaced have the entry ``unreadable_images``, see
     :mod:`dinov2.data.unreadable`.
 
@@ -183,12 +244,14 @@ def build_data_loader(
         dtype: number format of the crops.
         order: what :func:`find_order` returns, by default for a run without a checkpoint.
     """
+    samplers = [
+        build_sampler(cfg, dataset, start_iteration, order=order, stream=stream)
+        for stream in own_streams(cfg)
+    ]
     return WatchedLoader(
-        ReproducibleDraws(dataset, cfg.train.seed, distributed.get_global_rank()),
-        sampler=build_sampler(cfg, dataset, start_iteration, order=order),
-        batch_size=cfg.train.batch_size_per_gpu,
+        Streams([ReproducibleDraws(dataset, cfg.train.seed, stream) for stream in own_streams(cfg)]),
+        batch_sampler=MicroBatchSampler(samplers, cfg.train.batch_size_per_gpu),
         pin_memory=resolve_device(cfg.train.device).type == "cuda",
-        drop_last=True,
         collate_fn=CollateDraws(build_collate(cfg, dtype)),
         worker_init_fn=seed_worker,
         **worker_options(

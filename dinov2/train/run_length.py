@@ -4,6 +4,7 @@ import math
 
 from omegaconf import DictConfig
 
+from dinov2.configs.scaling import images_per_iteration
 from dinov2.errors import ConfigError
 
 
@@ -25,12 +26,12 @@ def settle_run_length(cfg: DictConfig, dataset_length: int, world_size: int) -> 
         ConfigError: if the warm-up or the freezing of the last layer does not fit into the run, or the
             backbone is frozen to its end.
     """
-    images_per_iteration = cfg.train.batch_size_per_gpu * world_size
+    total_batch = images_per_iteration(cfg, world_size)
     images = cfg.optim.max_images
     if cfg.optim.max_passes is not None:
         images = cfg.optim.max_passes * dataset_length
     if images is not None:
-        cfg.optim.max_iterations = max(1, math.ceil(images / images_per_iteration))
+        cfg.optim.max_iterations = max(1, math.ceil(images / total_batch))
         cfg.optim.max_images = cfg.optim.max_passes = None
     for key, what in (
         ("warmup_epochs", "warm-up"),
@@ -55,11 +56,11 @@ def settle_run_length(cfg: DictConfig, dataset_length: int, world_size: int) -> 
 def describe_run_length(cfg: DictConfig, dataset_length: int, world_size: int) -> str:
     """Say in plain words how many images and how many real passes over the dataset the run makes."""
     iterations = total_iterations(cfg)
-    images_per_iteration = cfg.train.batch_size_per_gpu * world_size
-    images = iterations * images_per_iteration
+    total_batch = images_per_iteration(cfg, world_size)
+    images = iterations * total_batch
     epochs = iterations / cfg.train.OFFICIAL_EPOCH_LENGTH
     return (
-        f"run length: {iterations:,} iterations of {images_per_iteration:,} images = {images:,} images = "
+        f"run length: {iterations:,} iterations of {total_batch:,} images = {images:,} images = "
         f"{images / dataset_length:.3g} passes over {dataset_length:,} tiles "
         f"({epochs:.4g} epochs of {cfg.train.OFFICIAL_EPOCH_LENGTH:,} iterations)"
     )

@@ -6,7 +6,9 @@ first local crop of every image, and so on.
 """
 
 import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +23,13 @@ from dinov2.errors import ConfigError
 from dinov2.fsdp import ShardedGradScaler, reshard_fsdp_model
 from dinov2.layers import DINOHead
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
+from dinov2.loss.centering import CenteredLoss, joint_sinkhorn_knopp
 from dinov2.models import build_model_from_cfg
 from dinov2.train.freezing import freeze_first_blocks, move_towards, moving_pairs
 from dinov2.train.initialization import load_initial_weights
 from dinov2.train.lora import add_adapters, follow_adapted
 from dinov2.train.precision import Precision
+from dinov2.train.recompute import recompute_activations
 from dinov2.train.sharding import shard_networks
 from dinov2.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
 from dinov2.utils.utils import has_batchnorms
@@ -63,11 +67,23 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class TeacherLogits:
+    """What the targets are made from; None for a term that is off."""
+
+    cls: Tensor | None  # [2B, K], rows as in TeacherTargets
+    patches: Tensor | None  # [M, K]
+
+
+@dataclass(frozen=True)
 class TeacherTargets:
     """Prototype assignments, float32; None for a term that is off."""
 
     cls: Tensor | None  # [2B, K], row i made from the other view of the image in student row i
     patches: Tensor | None  # [M, K]
+
+
+def _make_targets(cls: Callable[[], Tensor | None], patches: Callable[[], Tensor | None]) -> TeacherTargets:
+    return TeacherTargets(cls(), patches())
 
 
 @dataclass(frozen=True)
@@ -120,6 +136,7 @@ class SSLMetaArch(nn.Module):
         self.student = nn.ModuleDict({"backbone": student_backbone, **self._build_heads()})
         self.teacher = nn.ModuleDict({"backbone": teacher_backbone, **self._build_heads()})
         self.teacher.requires_grad_(False)
+        recompute_activations(student_backbone, cfg.train.activation_checkpointing)
         if self.do_dino:
             self.dino_loss = DINOLoss(self.dino_out_dim)
         if self.do_koleo:
@@ -174,27 +191,80 @@ class SSLMetaArch(nn.Module):
 
     def compute_losses(self, images: dict[str, Any], teacher_temp: float) -> Losses:
         """Run both networks on a collated batch and return the losses with their graph."""
-        images = finish_batch(images, self.device, self.precision.input_dtype)
-        batch = Batch.from_collated(images, self.device, self.num_local_crops)
-        targets = self.teacher_targets(batch, teacher_temp)
-        outputs = self.student_outputs(batch)
-        return self.combine_losses(batch, targets, outputs)
+        (losses,) = self.micro_batch_losses([images], teacher_temp)
+        return losses
 
-    @torch.no_grad()
+    def micro_batch_losses(
+        self,
+        micro_batches: Sequence[dict[str, Any]],
+        teacher_temp: float,
+        seed: Callable[[int], None] = lambda number: None,
+    ) -> Iterator[Losses]:
+        """Yield the losses of every micro-batch of a step, with the graph of the student's pass over it.
+
+        The teacher sees all of them first, and its targets are balanced or centred over all of them. Until
+        its turn comes a micro-batch keeps its crops and the teacher's logits on the device: [2B + M, K]
+        numbers in the format of the teacher's heads. Backpropagate what is yielded before asking for more.
+
+        Args:
+            micro_batches: what ``collate_data_and_cast`` returns, each.
+            teacher_temp: teacher temperature, > 0.
+            seed: called with the number of the micro-batch before the student's pass over it, which draws
+                random numbers for stochastic depth.
+        """
+        batches = [self._prepare(images) for images in micro_batches]
+        pending = self.assign_targets([self.teacher_logits(batch) for batch in batches], teacher_temp)
+        for number in range(len(batches)):
+            batch, targets = batches.pop(0), pending.pop(0)()
+            seed(number)
+            losses = self.combine_losses(batch, targets, self.student_outputs(batch))
+            del batch, targets  # the graph holds what it needs, until the backward pass is done
+            yield losses
+
+    def _prepare(self, images: dict[str, Any]) -> Batch:
+        images = finish_batch(images, self.device, self.precision.input_dtype)
+        return Batch.from_collated(images, self.device, self.num_local_crops)
+
     def teacher_targets(self, batch: Batch, teacher_temp: float) -> TeacherTargets:
         """Assign the unmasked global crops to prototypes with the teacher."""
+        (targets,) = self.assign_targets([self.teacher_logits(batch)], teacher_temp)
+        return targets()
+
+    @torch.no_grad()
+    def teacher_logits(self, batch: Batch) -> TeacherLogits:
+        """Run the teacher on the unmasked global crops."""
         with self.precision.autocast("teacher", "backbone"):
             features = self.teacher["backbone"](batch.global_crops, is_training=True)
         first, second = features["x_norm_clstoken"].chunk(NUM_GLOBAL_CROPS)
-        cls_logits, patch_logits = self._project(
+        logits = self._project(
             "teacher",
             cls_tokens=torch.cat((second, first)),
             patch_tokens=features["x_norm_patchtokens"].flatten(0, 1)[batch.mask_indices],
         )
-        return TeacherTargets(
-            cls=self._assign_cls(cls_logits, teacher_temp) if self.do_dino else None,
-            patches=self._assign_patches(patch_logits, teacher_temp) if self.do_ibot else None,
-        )
+        return TeacherLogits(*logits)
+
+    def assign_targets(
+        self, logits: Sequence[TeacherLogits], teacher_temp: float
+    ) -> list[Callable[[], TeacherTargets]]:
+        """Turn the logits of all micro-batches of a step into targets, together.
+
+        Returns:
+            For each micro-batch a function that makes its targets; to be called once, within the step.
+        """
+        none = [lambda: None] * len(logits)
+        cls, patches = none, none
+        if self.do_dino:
+            cls = self._assign(self.dino_loss, [part.cls for part in logits], teacher_temp)
+        if self.do_ibot:
+            patches = self._assign(self.ibot_patch_loss, [part.patches for part in logits], teacher_temp)
+        return [partial(_make_targets, *both) for both in zip(cls, patches, strict=True)]
+
+    def _assign(
+        self, loss: CenteredLoss, chunks: list[Tensor], teacher_temp: float
+    ) -> list[Callable[[], Tensor]]:
+        if self.cfg.train.centering == "sinkhorn_knopp":
+            return joint_sinkhorn_knopp(chunks, teacher_temp)
+        return loss.center_jointly(chunks, teacher_temp)
 
     def student_outputs(self, batch: Batch) -> StudentOutputs:
         """Run the student on the masked global crops and the local crops in one packed pass."""
@@ -268,21 +338,6 @@ class SSLMetaArch(nn.Module):
     def _run_head(self, heads: nn.ModuleDict, network: str, part: str, tokens: Tensor) -> Tensor:
         with self.precision.autocast(network, part):
             return heads[part](tokens)
-
-    def _assign_cls(self, logits: Tensor, teacher_temp: float) -> Tensor:
-        if self.cfg.train.centering == "sinkhorn_knopp":
-            return self.dino_loss.sinkhorn_knopp_teacher(logits, teacher_temp)
-        targets = self.dino_loss.softmax_center_teacher(logits, teacher_temp)
-        self.dino_loss.update_center(logits)
-        return targets
-
-    def _assign_patches(self, logits: Tensor, teacher_temp: float) -> Tensor:
-        if self.cfg.train.centering == "sinkhorn_knopp":
-            num_masked = torch.full((1,), len(logits))
-            return self.ibot_patch_loss.sinkhorn_knopp_teacher(logits, teacher_temp, num_masked)
-        targets = self.ibot_patch_loss.softmax_center_teacher(logits[None], teacher_temp)[0]
-        self.ibot_patch_loss.update_center(logits[None])
-        return targets
 
     @torch.no_grad()
     def update_teacher(self, m: float) -> None:

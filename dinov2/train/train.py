@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import argparse
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,14 +26,23 @@ from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
 from dinov2 import distributed
+from dinov2.configs.scaling import images_per_iteration
 from dinov2.data.loader_errors import explained
-from dinov2.data.unreadable import UNREADABLE, UnreadableImages
+from dinov2.data.unreadable import UnreadableImages
 from dinov2.errors import ConfigError, WeightsError
 from dinov2.logging import MetricLogger
 from dinov2.train.arguments import get_args_parser
 from dinov2.train.freezing import BackboneStart
 from dinov2.train.initialization import settle_config, write_reports
-from dinov2.train.input import build_data_loader, build_dataset, find_order, require_same_length
+from dinov2.train.input import (
+    build_data_loader,
+    build_dataset,
+    find_order,
+    in_steps,
+    own_streams,
+    require_same_length,
+    stream_count,
+)
 from dinov2.train.optimizer import apply_optim_scheduler, build_optimizer
 from dinov2.train.run_length import describe_run_length, settle_run_length, total_iterations
 from dinov2.train.run_state import do_test, restore, save_if_due
@@ -41,7 +51,7 @@ from dinov2.train.self_check import enforce, run_self_check
 from dinov2.train.sharding import require_equal_groups
 from dinov2.train.show_crops import show_crops
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.step import NonFiniteLossError, train_step
+from dinov2.train.step import NonFiniteLossError, train_step, unreadable_images
 from dinov2.utils.config import setup, write_config
 from dinov2.utils.device import resolve_device
 from dinov2.utils.seeding import seed_everything
@@ -107,11 +117,9 @@ def do_train(
 
     world_size = distributed.get_global_size()
     logger.info("%s", describe_run_length(cfg, len(dataset), world_size))
-    images_per_iteration = cfg.train.batch_size_per_gpu * world_size
-    if images_per_iteration > len(dataset):
-        logger.warning(
-            "a batch of %d images repeats some of the %d tiles", images_per_iteration, len(dataset)
-        )
+    total_batch = images_per_iteration(cfg, world_size)
+    if total_batch > len(dataset):
+        logger.warning("a batch of %d images repeats some of the %d tiles", total_batch, len(dataset))
     order = find_order(cfg, dataset, start_iteration, restored.data_order)
     restored.checkpointer.rehearse(iteration=start_iteration, data_order=order.state())
     check = run_self_check(
@@ -127,21 +135,20 @@ def do_train(
     enforce(check, cfg.train.self_check)
     loader = build_data_loader(cfg, dataset, start_iteration, model.precision.input_dtype, order=order)
     batches = metrics.log_every(
-        loader,
+        in_steps(loader, cfg.optim.accumulate_steps),
         cfg.train.log_period,
         "Training",
         max_iterations,
         start_iteration,
-        images_per_iteration=images_per_iteration,
+        images_per_iteration=total_batch,
     )
     unreadable = UnreadableImages(cfg.train.output_dir, cfg.train.max_bad_fraction)
     skipped_in_a_row = 0
-    for iteration, images in enumerate(batches, start=start_iteration):
-        # The step's own randomness (stochastic depth) depends on where the run stands, not on its history.
-        seed_everything(cfg.train.seed, distributed.get_global_rank(), iteration)
+    for iteration, micro_batches in enumerate(batches, start=start_iteration):
         values = backbone_start.enter(iteration, schedules.at(iteration))
         try:
-            result = train_step(model, optimizer, images, values, cfg.optim.clip_grad)
+            seed = partial(_seed_micro_batch, cfg, iteration)
+            result = train_step(model, optimizer, micro_batches, values, cfg.optim.clip_grad, seed=seed)
             skipped_in_a_row = 0 if result.stepped else skipped_in_a_row + 1
             if skipped_in_a_row == MAX_SKIPPED_STEPS:
                 raise NonFiniteLossError(f"gradients overflowed fp16 in {MAX_SKIPPED_STEPS} steps in a row")
@@ -151,7 +158,7 @@ def do_train(
                 "checkpoint with a lower optim.base_lr, or use bf16 or fp32 in compute_precision."
             ) from None
         unreadable.update(
-            iteration, images.get(UNREADABLE, ()), samples=images_per_iteration, total=result.unreadable
+            iteration, unreadable_images(micro_batches), samples=total_batch, total=result.unreadable
         )
         if iteration % cfg.train.log_period == 0 or iteration == max_iterations - 1:
             unreadable.report()
@@ -160,7 +167,7 @@ def do_train(
             wd=values.weight_decay,
             mom=values.momentum,
             last_layer_lr=values.last_layer_lr,
-            current_batch_size=float(images["collated_global_crops"].shape[0]) / 2,
+            current_batch_size=sum(len(images["collated_global_crops"]) / 2 for images in micro_batches),
             teacher_temp=values.teacher_temp,
             skipped_steps=float(not result.stepped),
             **{"total_loss": result.losses["total_loss"], **result.losses},
@@ -173,11 +180,16 @@ def do_train(
             restored.checkpointer,
             iteration,
             is_last=iteration == max_iterations - 1,
-            order=order.advanced(world_size, drawn),
+            order=order.advanced(stream_count(cfg), drawn),
         )
 
     metrics.synchronize_between_processes()
     return {name: meter.global_avg for name, meter in metrics.meters.items()}
+
+
+def _seed_micro_batch(cfg: DictConfig, iteration: int, number: int) -> None:
+    """Let a step's own randomness (stochastic depth) depend on where the run stands, not on its history."""
+    seed_everything(cfg.train.seed, own_streams(cfg)[number], iteration)
 
 
 def _begin(cfg: DictConfig, model: SSLMetaArch, max_iterations: int) -> None:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinov2.configs import resolve
 from dinov2.configs.merging import Resolution
-from dinov2.configs.scaling import SCALING_RULE, scaled_lr
+from dinov2.configs.scaling import SCALING_RULE, images_per_iteration, scaled_lr
 from dinov2.errors import ConfigError, OutputError
 
 logger = logging.getLogger("dinov2")
@@ -92,7 +92,7 @@ def apply_scaling_rules_to_cfg(cfg: DictConfig) -> DictConfig:
         return cfg
     from dinov2 import distributed
 
-    total_batch = cfg.train.batch_size_per_gpu * distributed.get_global_size()
+    total_batch = images_per_iteration(cfg, distributed.get_global_size())
     cfg.optim.lr = scaled_lr(cfg.optim.base_lr, rule, total_batch)
     logger.info(
         "optim.lr %g follows from optim.base_lr %g by %s for %d images per iteration",

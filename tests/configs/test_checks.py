@@ -55,6 +55,11 @@ def warnings(*overrides):
         (["crops.hed_jitter_prob=0.5"], "crops.hed_jitter is 0 and crops.hed_jitter_prob 0.5"),
         (["dino.loss_weight=0", "ibot.loss_weight=0"], "dino.loss_weight and ibot.loss_weight are both 0"),
         (["optim.scaling_rule=none"], "optim.scaling_rule is 'none' and optim.lr is 0"),
+        (
+            ["optim.accumulate_steps=4", "dino.koleo_scope=global"],
+            "optim.accumulate_steps is 4 and dino.koleo_scope 'global', whose neighbours among all images of "
+            "a step are not known while its batches come one by one: set dino.koleo_scope=rank or",
+        ),
         (["student.pretrained_weights=a", "train.init_weights_from_chkpt=b"], "name different weights"),
         # Starting gently.
         (
@@ -161,6 +166,13 @@ def test_a_stated_learning_rate_that_is_not_used_warns(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert warnings("optim.lr=0.002") == []
     assert "is not used" in warnings("optim.lr=0.001")[0]
+    assert warnings("optim.lr=0.004", "optim.accumulate_steps=4") == []
+    assert "is not used" in warnings("optim.lr=0.002", "optim.accumulate_steps=4")[0]
+
+
+def test_accumulating_with_neighbours_of_a_batch_or_without_koleo():
+    assert warnings("optim.accumulate_steps=4") == []
+    assert warnings("optim.accumulate_steps=4", "dino.koleo_scope=global", "dino.koleo_loss_weight=0") == []
 
 
 @pytest.mark.parametrize(

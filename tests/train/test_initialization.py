@@ -58,8 +58,8 @@ def losses(monkeypatch):
     """The losses of every step of this process; the metrics file holds medians over windows of them."""
     steps, real = [], trainer.train_step
 
-    def recording(*args):
-        result = real(*args)
+    def recording(*args, **options):
+        result = real(*args, **options)
         steps.append(result.losses)
         return result
 

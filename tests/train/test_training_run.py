@@ -169,6 +169,9 @@ def test_backbone_and_heads_of_an_earlier_run_are_kept_apart(tiny, tmp_path, sep
 def test_run_length_in_images_or_passes(tiny, tmp_path):
     tiny.start(tmp_path / "images", "optim.max_images=14")
     assert written_config(tmp_path / "images").optim.max_iterations == 4
+    tiny.start(tmp_path / "accumulated", "optim.max_images=28", "optim.accumulate_steps=2")
+    assert written_config(tmp_path / "accumulated").optim.max_iterations == 4
+    assert "4 iterations of 8 images = 32 images" in (tmp_path / "accumulated/logs/log.txt").read_text()
     tiny.start(tmp_path / "passes", "optim.max_passes=0.5")
     assert written_config(tmp_path / "passes").optim.max_iterations == 3
     tiny.start(tmp_path / "passes", "optim.max_passes=0.5")  # the same run again: nothing has changed

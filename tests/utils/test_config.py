@@ -99,6 +99,12 @@ def test_scaling_rules(monkeypatch, rule, processes, expected):
         assert cfg.optim.lr == pytest.approx(expected, rel=1e-12)
 
 
+def test_accumulated_batches_count_like_processes(monkeypatch):
+    monkeypatch.setattr(distributed, "get_global_size", lambda: 2)
+    cfg = apply_scaling_rules_to_cfg(resolve_config("", ["optim.accumulate_steps=8"]))
+    assert cfg.optim.lr == pytest.approx(0.004)  # 2 processes of 8 batches of 64 images
+
+
 def test_unknown_scaling_rule():
     cfg = OmegaConf.create({"optim": {"scaling_rule": "cube"}})
     with pytest.raises(ConfigError, match='optim.scaling_rule is "cube": "sqrt_wrt_<images>"'):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dinov2 import distributed
-from dinov2.configs.scaling import SCALING_RULE, scaled_lr
+from dinov2.configs.scaling import SCALING_RULE, images_per_iteration, scaled_lr
 from dinov2.errors import some_of
 from dinov2.train.optimizer import apply_optim_scheduler
 from dinov2.train.schedules import build_schedulers
@@ -145,7 +145,7 @@ def _peak(start: Start, rates: list[Rate]) -> Line:
     """The largest learning rate of any group, and how the config arrives at it."""
     optim, name = start.cfg.optim, "learning rate"
     actual = max((rate.lr for rate in rates if rate.lr is not None), default=0.0)
-    batch = start.cfg.train.batch_size_per_gpu * distributed.get_global_size()
+    batch = images_per_iteration(start.cfg, distributed.get_global_size())
     values = {
         "peak": actual,
         "optim.lr": optim.lr,

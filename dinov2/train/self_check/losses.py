@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from omegaconf import DictConfig
 from torch import Tensor
 
-from dinov2 import distributed
+from dinov2.train.input import own_streams
 from dinov2.train.schedules import build_schedulers
 from dinov2.train.self_check.probe import Start
 from dinov2.train.self_check.record import Line
@@ -60,7 +60,7 @@ def check_first_loss(start: Start) -> Iterator[Line]:
     """Compare the loss of the first images with that of heads that know nothing: ln of the prototypes."""
     model = start.model.train()
     temperature = float(build_schedulers(start.cfg).teacher_temp[start.start_iteration])
-    seed_everything(start.cfg.train.seed, distributed.get_global_rank(), start.start_iteration)  # as the step
+    seed_everything(start.cfg.train.seed, own_streams(start.cfg)[0], start.start_iteration)  # as the step
     losses = model.compute_losses(start.images, temperature)
     logged = {name: value.item() for name, value in losses.logged.items()}
     values = {**logged, "total_loss": losses.total.item(), "teacher_temp": temperature}

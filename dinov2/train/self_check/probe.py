@@ -19,7 +19,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dinov2 import distributed
 from dinov2.data.data_order import DataOrder
 from dinov2.data.device_crops import finish_batch
 from dinov2.errors import DatasetError
@@ -27,7 +26,7 @@ from dinov2.fsdp import reshard_fsdp_model
 from dinov2.fsdp.sharding import whole_copy
 from dinov2.loss.centering import CenteredLoss
 from dinov2.train.initial_weights import InitialWeights
-from dinov2.train.input import ReproducibleSamples, build_collate, build_sampler
+from dinov2.train.input import ReproducibleSamples, build_collate, build_sampler, own_streams
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 IMAGES_COMPARED = 8
@@ -101,7 +100,7 @@ def find_start(
     """
     sampler = build_sampler(cfg, dataset, start_iteration, order=order)
     keys = list(islice(sampler, min(IMAGES_COMPARED, cfg.train.batch_size_per_gpu)))
-    samples = ReproducibleSamples(dataset, cfg.train.seed, distributed.get_global_rank())
+    samples = ReproducibleSamples(dataset, cfg.train.seed, own_streams(cfg)[0])
     collate = build_collate(cfg, model.precision.input_dtype)
     collated = collate([samples[key] for key in keys[:IMAGES_RUN]])
     images = finish_batch(collated, model.device, model.precision.input_dtype)
