@@ -1,11 +1,11 @@
 """Sharded networks: gradients of several backward passes reduced once, and blocks that recompute."""
 
 import torch
-from torch.distributed.fsdp import fully_shard
+from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
 
 from dinov2 import distributed
-from dinov2.fsdp import defer_gradient_reduction
+from dinov2.fsdp import defer_gradient_reduction, get_fsdp_wrapper
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from tests.distributed.launch import run_in_processes
 
@@ -55,9 +55,9 @@ def sharded(mode):
     """Messages, and the largest distance from the gradients of one process, with and without deferring."""
     alone, _ = gradients(build(mode), pictures())
     model = build(mode)
-    for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
+    formats = {"param_dtype": "fp32", "reduce_dtype": "fp32"}
+    cfg = OmegaConf.create({"sharding_strategy": "SHARD_GRAD_OP", "mixed_precision": formats})
+    get_fsdp_wrapper(cfg, {type(model.blocks[0])})(model)
     rank = distributed.get_global_rank()
     outcome = []
     for deferred in (False, True):
