@@ -1,5 +1,7 @@
 """Sharded networks: gradients of several backward passes reduced once, and blocks that recompute."""
 
+from functools import partial
+
 import torch
 from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
@@ -23,21 +25,28 @@ def build(mode):
 def gradients(model, images, deferred=False):
     """Mean gradients of two images, one backward pass each, over all processes."""
     messages = 0
-    real = torch.distributed.reduce_scatter_tensor
+    # The name depends on PyTorch's version.
+    reducers = {
+        name: getattr(torch.distributed, name)
+        for name in ("reduce_scatter_tensor", "reduce_scatter_single")
+        if hasattr(torch.distributed, name)
+    }
 
-    def counted(*arguments, **options):
+    def counted(real, *arguments, **options):
         nonlocal messages
         messages += 1
         return real(*arguments, **options)
 
-    torch.distributed.reduce_scatter_tensor = counted
+    for name, real in reducers.items():
+        setattr(torch.distributed, name, partial(counted, real))
     try:
         for number, image in enumerate(images):
             if deferred:
                 defer_gradient_reduction(model, number < len(images) - 1)
             (model(image, is_training=True)["x_norm_patchtokens"].sin().sum() / len(images)).backward()
     finally:
-        torch.distributed.reduce_scatter_tensor = real
+        for name, real in reducers.items():
+            setattr(torch.distributed, name, real)
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     whole = {
         name: (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
