@@ -11,7 +11,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from dinov2 import distributed
 from dinov2.configs import dinov2_default_config
+from dinov2.errors import ConfigError
+from dinov2.train import train as train_module
+from dinov2.train.precision import effective_reduce_dtype
 from tests.conftest import REPO
 from tests.train.sharding_worker import run_case
 from tests.train.test_two_processes import five_steps
@@ -126,6 +130,30 @@ DEFAULT_CASES = {
     "bf16": strategy("FULL_SHARD", "bf16", BALANCED) | {"steps": 6},
     "mixed": strategy("SHARD_GRAD_OP", "fp32", *MIXED) | {"steps": 4},
 }
+
+
+def test_groups_that_do_not_divide_the_processes_stop_the_run_before_anything_is_built(
+    tiny, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(distributed, "get_global_size", lambda: 4)
+    monkeypatch.setattr(train_module, "build_dataset", None)
+    overrides = "compute_precision.teacher.backbone.sharding_strategy=HYBRID_SHARD"
+    with pytest.raises(ConfigError, match="hybrid_shard_size is 3, which does not divide the 4 processes"):
+        tiny.start(tmp_path / "run", overrides, "compute_precision.hybrid_shard_size=3")
+
+
+@pytest.mark.parametrize(
+    ("configured", "computes_in", "reduced_in"),
+    [
+        ("fp16", torch.float16, torch.float16),
+        ("fp16", torch.bfloat16, torch.bfloat16),
+        ("fp16", torch.float32, torch.float32),
+        ("bf16", torch.float32, torch.bfloat16),
+        ("fp32", torch.float16, torch.float32),
+    ],
+)
+def test_fp16_gradients_are_those_of_networks_in_fp16(configured, computes_in, reduced_in):
+    assert effective_reduce_dtype(configured, computes_in) == reduced_in
 
 
 @pytest.fixture(scope="module")
