@@ -34,9 +34,16 @@ class Model:
 
 @dataclass(kw_only=True)
 class MixedPrecision:
-    param_dtype: str = setting("fp16", "Number format of parameters in forward and backward", choices=DTYPES)
+    param_dtype: str = setting(
+        "fp16",
+        "Number format of forward and backward passes, in which sharded parameters are sent, too",
+        choices=DTYPES,
+    )
     reduce_dtype: str = setting(
-        "fp16", "Read, not used: gradients are always averaged in fp32", choices=DTYPES
+        "fp16",
+        "Number format in which sharded gradients are sent and averaged; fp16 stands for param_dtype; what "
+        "is not sharded is averaged in fp32",
+        choices=DTYPES,
     )
     buffer_dtype: str = setting("fp32", "Read, not used: buffers are always fp32", choices=DTYPES)
 

@@ -1,6 +1,5 @@
 """Sharding with two real processes: same numbers as one process, and run states of any world size."""
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from dinov2 import distributed, fsdp
 from dinov2.errors import ConfigError
-from dinov2.fsdp import FSDPCheckpointer, get_fsdp_wrapper
-from dinov2.fsdp.sharding import whole_tensor
+from dinov2.fsdp import FSDPCheckpointer, get_fsdp_wrapper, sharding
+from dinov2.fsdp.sharding import laid_out_like, whole_copy, whole_tensor
 from tests.distributed.launch import run_in_processes
 
 
@@ -101,18 +100,53 @@ def _resume_unsharded(folder):
     return first, second, model[0].weight.sum().item()
 
 
-def _overflow_on_one_rank():
+def _overflow_on_one_rank(sharded=False):
     """A non-finite gradient on one rank only must make both skip the step."""
     model, scaler = build(), fsdp.ShardedGradScaler("cpu", init_scale=8.0)
-    optimizer = optimizer_of(model)
-    before = copy.deepcopy(model.state_dict())
+    if sharded:  # a block: the rest stays whole, so both kinds meet in one optimizer
+        get_fsdp_wrapper(precision())(model[1])
+    optimizer = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.05)
+    before = [whole_tensor(parameter.detach()).clone() for parameter in model.parameters()]
     loss = model(torch.ones(2, 5)).sum() * (float("inf") if distributed.get_global_rank() == 1 else 1.0)
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     scaler.step(optimizer)
     scaler.update()
-    unchanged = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    after = [whole_tensor(parameter.detach()) for parameter in model.parameters()]
+    unchanged = all(torch.equal(*pair) for pair in zip(before, after, strict=True))
     return unchanged, scaler.get_scale()
+
+
+def _unscaled_gradients():
+    """How far gradients, unscaled, of a model with one sharded block are from those of a whole model."""
+    model, scaler = build(), fsdp.ShardedGradScaler("cpu", init_scale=8.0)
+    get_fsdp_wrapper(precision())(model[1])
+    scaler.scale(model(torch.ones(2, 5)).sum()).backward()
+    scaler.unscale_(optimizer_of(model))
+    plain = build()
+    plain(torch.ones(2, 5)).sum().backward()
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    return max((whole_tensor(mine.grad) - other.grad).abs().max().item() for mine, other in pairs)
+
+
+def _copied_whole():
+    """The copy of a sharded module on one process alone, and what the module is afterwards."""
+    model = get_fsdp_wrapper(precision("SHARD_GRAD_OP"), {Block})(build())
+    with torch.no_grad():
+        model(torch.ones(1, 5))  # leaves it gathered
+    copied = whole_copy(model)
+    if distributed.get_global_rank() == 1:  # no other process takes part
+        assert torch.equal(copied(torch.ones(2, 5)), build()(torch.ones(2, 5)))
+    kinds = {type(module).__name__ for module in copied.modules()}
+    return kinds, all(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _laid_out_alike():
+    """Whole and sharded tensors brought into the layout of the other."""
+    whole = torch.arange(10.0).reshape(5, 2)
+    sharded = get_fsdp_wrapper(precision())(nn.Linear(2, 5)).weight
+    back = whole_tensor(laid_out_like(whole, sharded))
+    return torch.equal(back, whole), torch.equal(laid_out_like(laid_out_like(whole, sharded), whole), whole)
 
 
 def _accumulated_gradients(strategy):
@@ -141,6 +175,10 @@ def _everything(folder):
     outcome = {strategy: _sharded_run(f"{folder}/{strategy}", strategy) for strategy in STRATEGIES}
     outcome["unsharded"] = _resume_unsharded(f"{folder}/single")
     outcome["scaler"] = _overflow_on_one_rank()
+    outcome["scaler, sharded"] = _overflow_on_one_rank(sharded=True)
+    outcome["unscaled"] = _unscaled_gradients()
+    outcome["copy"] = _copied_whole()
+    outcome["layouts"] = _laid_out_alike()
     outcome["accumulated"] = {strategy: _accumulated_gradients(strategy) for strategy in STRATEGIES}
     return outcome
 
@@ -197,7 +235,24 @@ def test_two_processes_continue_what_one_wrote_and_agree_on_the_file(two_process
 
 def test_the_scaler_agrees_over_processes(two_processes):
     _, _, outcomes = two_processes
-    assert [outcome["scaler"] for outcome in outcomes] == [(True, 4.0), (True, 4.0)]
+    for kind in ("scaler", "scaler, sharded"):
+        assert [outcome[kind] for outcome in outcomes] == [(True, 4.0), (True, 4.0)]
+
+
+def test_the_scaler_takes_sharded_and_whole_gradients_at_once(two_processes):
+    _, _, outcomes = two_processes
+    assert all(outcome["unscaled"] < 1e-6 for outcome in outcomes)
+
+
+def test_a_whole_copy_runs_alone_and_leaves_the_module_sharded(two_processes):
+    _, _, outcomes = two_processes
+    expected = {"Sequential", "Linear", "Block"}
+    assert [outcome["copy"] for outcome in outcomes] == [(expected, True)] * 2
+
+
+def test_tensors_change_between_whole_and_sharded(two_processes):
+    _, _, outcomes = two_processes
+    assert [outcome["layouts"] for outcome in outcomes] == [(True, True)] * 2
 
 
 @pytest.mark.parametrize(("strategy", "at_once"), [("FULL_SHARD", True), ("SHARD_GRAD_OP", False)])
@@ -246,3 +301,33 @@ def test_the_scaler_works_without_a_group():
 def test_an_unknown_strategy_or_precision_is_refused(config, expected):
     with pytest.raises(ConfigError, match=expected):
         get_fsdp_wrapper(config)
+
+
+@pytest.fixture
+def eight_on_two_machines(monkeypatch):
+    monkeypatch.setattr(distributed, "get_global_size", lambda: 8)
+    monkeypatch.setattr(distributed, "get_local_size", lambda: 4)
+
+
+def test_groups_of_a_hybrid_are_those_of_a_machine_unless_stated(eight_on_two_machines):
+    assert sharding.hybrid_group_size(None) == 4
+    assert sharding.hybrid_group_size(2) == 2
+    comes_to = {size: sharding.effective_strategy("HYBRID_SHARD", size) for size in (1, 2, 8)}
+    assert comes_to == {1: "NO_SHARD", 2: "HYBRID_SHARD", 8: "FULL_SHARD"}
+    assert sharding.effective_strategy("SHARD_GRAD_OP", 3) == "SHARD_GRAD_OP"
+
+
+@pytest.mark.parametrize("size", [3, 16])
+def test_groups_that_do_not_divide_the_processes_are_refused(eight_on_two_machines, size):
+    expected = f"hybrid_shard_size is {size}, which does not divide the 8 processes .* one of 1, 2, 4, 8$"
+    with pytest.raises(ConfigError, match=expected):
+        sharding.effective_strategy("HYBRID_SHARD", size)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((96, 32), None), ((1, 5, 32), 2), ((2, 8), 1), ((1, 5, 7), None), ((1,), None), ((), None)],
+)
+def test_short_first_axes_are_not_padded(shape, axis):
+    found = sharding._divided_axis(torch.Size(shape), 4)
+    assert (found and found.dim) == axis
