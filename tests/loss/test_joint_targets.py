@@ -92,4 +92,5 @@ def test_chunks_of_two_processes_are_those_of_one():
             for got, expected in zip(together, alone[step][way], strict=True):
                 np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-7)
     for got in (centers_first, centers_second):
-        np.testing.assert_allclose(got, centers, rtol=1e-5, atol=1e-7)
+        for center, expected in zip(got, centers, strict=True):
+            np.testing.assert_allclose(center, expected, rtol=1e-5, atol=1e-7)
