@@ -1,18 +1,23 @@
 """What every command-line entry point shares: a user's mistake ends in one sentence and exit status 1."""
 
 import json
+import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dinov2.errors import Interrupted, UserError
 
 # Most mistakes are found by every process alike. The first one of a machine speaks at once; the others give
 # it this long, after which a launcher has stopped them. One that is still there was alone with its problem.
 OTHER_RANKS_DELAY_SECONDS = 5.0
+
+# How long the last words of a process that gives up may take.
+LAST_WORDS_SECONDS = 5.0
 
 # What sysexits.h calls a temporary failure: start the same command again. Launchers tell it from an error.
 EXIT_START_AGAIN = 75
@@ -38,6 +43,25 @@ def run(main: Callable[..., Any], *args: Any) -> None:
         print(f"error: {text}", file=sys.stderr, flush=True)
         _tell_torchrun(text)
         sys.exit(1)
+
+
+def abandon(text: str) -> NoReturn:
+    """Print ``text`` as an error and end the process with status 1 now, from any thread.
+
+    For a process that waits for others that will never come: no clean-up runs, as that might wait, too.
+    """
+    said = threading.Thread(target=_last_words, args=(text,), daemon=True)
+    said.start()
+    said.join(LAST_WORDS_SECONDS)  # the main thread may hold a lock of the output
+    os._exit(1)
+
+
+def _last_words(text: str) -> None:
+    _tell_torchrun(text)
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    logging.getLogger("dinov2").error("%s", text)
+    logging.shutdown()
+    sys.stdout.flush()
 
 
 def say(text: str) -> None:

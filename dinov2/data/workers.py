@@ -2,6 +2,9 @@
 
 import logging
 import multiprocessing
+import os
+import signal
+import threading
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ logger = logging.getLogger("dinov2")
 
 # What a fork server imports once, and its workers then share: each would need 280 MiB for torch alone.
 PRELOADED = ("__main__", "torch", "torchvision.transforms", "dinov2.data", "dinov2.data.datasets")
+PARENT_CHECK_SECONDS = 2.0
 
 
 def worker_options(
@@ -55,11 +59,36 @@ def worker_generator(seed: int, advance: int = 0) -> torch.Generator:
 
 
 def seed_worker(worker_id: int) -> None:
-    """Prepare a worker: seed Python, numpy and torch from what the loader gave it, and flush denormals.
+    """Prepare a worker: its signals, its seeds from what the loader gave it, and flush denormals.
 
     The seed that PyTorch gives a worker is the loader's draw plus ``worker_id``; mixing the two makes
     neighbouring workers unrelated. Narrow blur kernels hold denormal floats, which slow some blurs tenfold
     while contributing nothing to 8-bit pixels.
     """
+    leave_signals_to_the_trainer()
     seed_everything(torch.initial_seed() - worker_id, worker_id)
     torch.set_flush_denormal(True)
+
+
+def leave_signals_to_the_trainer() -> None:
+    """Let only the trainer end this worker, and let the worker end with it.
+
+    Slurm, torchrun and a terminal signal all processes of a job; the trainer needs its workers until it has
+    finished its step. SIGTERM is how PyTorch ends a worker that does not end by itself, so it counts when it
+    comes from the trainer.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    if trainer is None or not hasattr(signal, "sigtimedwait"):  # not a worker process, or not Linux
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that start later inherit this
+    threading.Thread(target=_await_the_end, args=(trainer,), daemon=True).start()
+
+
+def _await_the_end(trainer: Any) -> None:
+    while trainer.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, PARENT_CHECK_SECONDS)
+        if received is not None and received.si_pid == trainer.pid:
+            break
+    os._exit(0)

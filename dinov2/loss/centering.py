@@ -185,7 +185,11 @@ class CenteredLoss(nn.Module):
 
     @torch.no_grad()
     def apply_center_update(self) -> None:
-        """Finish a pending update; without one, or if no rank had any row, the centre stays as it is."""
+        """Finish a pending update.
+
+        The centre stays as it is without one, if no rank had any row, and if the statistics are not finite:
+        one inf or NaN would stay in the running average for ever.
+        """
         if self.updated:
             return
         if self.reduce_handle is not None:
@@ -194,7 +198,16 @@ class CenteredLoss(nn.Module):
         total, count = self.async_batch_center[:-1], self.async_batch_center[-1]
         mean = (total / count.clamp_min(1.0)).view_as(self.center)
         blended = self.center * self.center_momentum + mean * (1.0 - self.center_momentum)
-        self.center.copy_(torch.where(count > 0, blended, self.center))
+        usable = (count > 0) & total.isfinite().all()
+        self.center.copy_(torch.where(usable, blended, self.center))
+        self.async_batch_center = None
+        self.updated = True
+
+    def discard_center_update(self) -> None:
+        """Forget a pending update, of a step that does not count."""
+        if self.reduce_handle is not None:
+            self.reduce_handle.wait()
+            self.reduce_handle = None
         self.async_batch_center = None
         self.updated = True
 

@@ -220,6 +220,13 @@ def build_sampler(
     return PositionSampler(order.sampler(number, stream_count(cfg)), order.position)
 
 
+def step_samples(cfg: DictConfig, dataset: Dataset, order: DataOrder) -> list[int]:
+    """Return the samples that this process draws in the step at whose beginning ``order`` stands."""
+    batch = cfg.train.batch_size_per_gpu
+    samplers = [build_sampler(cfg, dataset, 0, order=order, stream=stream) for stream in own_streams(cfg)]
+    return [index for sampler in samplers for _, index in islice(sampler, batch)]
+
+
 def build_data_loader(
     cfg: DictConfig,
     dataset: Dataset,

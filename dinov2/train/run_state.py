@@ -62,14 +62,43 @@ def save_if_due(
     *,
     is_last: bool,
     order: DataOrder,
-) -> None:
-    """Export and checkpoint after the zero-based ``iteration``, by their periods and at the end."""
+    healthy: bool = True,
+) -> bool:
+    """Export and checkpoint after the zero-based ``iteration``, by their periods and at the end.
+
+    After a step that was skipped no periodic checkpoint is written: a run whose steps keep failing goes back
+    to one from before that.
+
+    Returns:
+        Whether a checkpoint was written.
+    """
     done = iteration + 1
     export_period = cfg.evaluation.eval_period_iterations
     if export_period > 0 and (done % export_period == 0 or is_last):
         do_test(cfg, model, f"training_{iteration}")
     period = cfg.checkpointing.period or 3 * cfg.train.OFFICIAL_EPOCH_LENGTH
-    if is_last or done % period == 0:
-        model.finish_center_updates()
-        name = "model_final" if is_last else f"model_{iteration:07d}"
-        checkpointer.save(name, iteration=iteration, data_order=order.state())
+    due = is_last or (healthy and done % period == 0)
+    if due:
+        save_now(model, checkpointer, iteration, order, is_last=is_last)
+    return due
+
+
+def save_now(
+    model: SSLMetaArch,
+    checkpointer: FSDPCheckpointer,
+    iteration: int,
+    order: DataOrder,
+    *,
+    is_last: bool = False,
+) -> None:
+    """Write the checkpoint of a run that has done the zero-based ``iteration``."""
+    model.finish_center_updates()
+    name = "model_final" if is_last else f"model_{iteration:07d}"
+    checkpointer.save(name, iteration=iteration, data_order=order.state())
+
+
+def settle(checkpointer: FSDPCheckpointer) -> None:
+    """Wait until what was saved is on the disk; today's saving returns only then."""
+    wait = getattr(checkpointer, "wait", None)
+    if wait is not None:
+        wait()

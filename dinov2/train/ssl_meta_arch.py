@@ -369,6 +369,11 @@ class SSLMetaArch(nn.Module):
         for loss in self.centers().values():
             loss.apply_center_update()
 
+    def discard_center_updates(self) -> None:
+        """Forget pending centre updates, of a step that does not count."""
+        for loss in self.centers().values():
+            loss.discard_center_update()
+
     def get_maybe_fused_params_for_submodel(self, m: nn.Module) -> list[dict[str, Any]]:
         """Return the fused parameter groups of one student submodule."""
         is_backbone = m is self.student["backbone"]

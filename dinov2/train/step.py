@@ -1,5 +1,6 @@
 """One optimizer step: losses, gradients, clipping, the update of student and teacher."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ from dinov2.train.optimizer import apply_optim_scheduler, average_gradients, cli
 from dinov2.train.schedules import ScheduleValues
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
+STOP = "stop_requested"  # among the scalars that are summed over ranks
+
 
 class NonFiniteLossError(UserError, FloatingPointError):
-    """A loss or gradient is inf or NaN; raised on every rank before any weight has moved."""
+    """Losses or gradients stay inf or NaN; raised on every rank, no weight has been changed by them."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,14 @@ class StepResult:
 
     losses: dict[str, float]  # DINOv2's entries, then total_loss: the value that was minimised
     grad_norms: dict[str, float]  # per student submodule, before clipping
-    stepped: bool  # False if the gradient scaler skipped the step
+    problem: str  # why the step was skipped on all ranks; empty if the weights have moved
     unreadable: int  # images that had to be replaced in the batches of all ranks, their sum
+    stop_requested: bool = False  # by a signal, on any rank
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the weights have moved."""
+        return not self.problem
 
 
 def train_step(
@@ -37,6 +46,7 @@ def train_step(
     clip_grad: float | None,
     *,
     seed: Callable[[int], None] = lambda micro_batch: None,
+    stop_requested: bool = False,
 ) -> StepResult:
     """Do one optimizer step and move the teacher; nothing moves if a loss or gradient is not finite.
 
@@ -47,6 +57,7 @@ def train_step(
         values: of the schedules.
         clip_grad: largest gradient norm of a submodule; falsy for no clipping.
         seed: called with the number of a micro-batch before the student sees it.
+        stop_requested: whether this process was asked to stop; comes back as whether any was.
     """
     micro_batches = [images] if isinstance(images, Mapping) else images
     unreadable = torch.tensor(float(len(unreadable_images(micro_batches))), device=model.device)
@@ -63,16 +74,17 @@ def train_step(
     reshard_fsdp_model(model.student)  # a frozen backbone has had no backward pass to do it
     average_gradients(model.student.parameters())
     # Read only now: waiting for the values before the backward pass would leave a GPU idle.
-    reduced = reduce_losses({**losses, UNREADABLE: unreadable})
+    stop = torch.full_like(unreadable, float(stop_requested))
+    reduced = reduce_losses({**losses, UNREADABLE: unreadable, STOP: stop})
     unreadable_sum = round(reduced.pop(UNREADABLE) * distributed.get_global_size())
-    _require_finite(reduced, "loss")
+    any_stop = reduced.pop(STOP) > 0
     if model.fp16_scaler is not None:
         model.fp16_scaler.unscale_(optimizer)
     norms = {name: norm.item() for name, norm in clip_gradients(model.student, clip_grad).items()}
-    stepped = _step_optimizer(model, optimizer, norms)
-    if stepped:
+    problem = _step_optimizer(model, optimizer, reduced, norms)
+    if not problem:
         model.update_teacher(values.momentum)
-    return StepResult(reduced, norms, stepped, unreadable_sum)
+    return StepResult(reduced, norms, problem, unreadable_sum, any_stop)
 
 
 def unreadable_images(micro_batches: Sequence[Mapping[str, Any]]) -> list[Failure]:
@@ -99,18 +111,34 @@ def _accumulate_gradients(
 
 
 def _step_optimizer(
-    model: SSLMetaArch, optimizer: torch.optim.Optimizer, grad_norms: dict[str, float]
-) -> bool:
-    """Step, and tell whether the weights moved: with fp16, a gradient that overflows skips the step."""
+    model: SSLMetaArch,
+    optimizer: torch.optim.Optimizer,
+    losses: dict[str, float],
+    grad_norms: dict[str, float],
+) -> str:
+    """Step unless something is not finite, and return what that is; the same on every rank.
+
+    Losses and norms are those over all ranks, so one bad value on one rank is seen by all of them. What the
+    teacher's logits would have done to the running centre is dropped with the step, except for gradients that
+    overflow fp16, which says nothing about the teacher.
+    """
     scaler = model.fp16_scaler
+    problem = not_finite(losses, "loss")
     if scaler is None:
-        _require_finite(grad_norms, "gradient norm")
+        problem = problem or not_finite(grad_norms, "gradient norm")
+    if problem:
+        model.discard_center_updates()
+    elif scaler is None:
         optimizer.step()
-        return True
+    if scaler is None:
+        return problem
     scale = scaler.get_scale()
-    scaler.step(optimizer)
+    if not problem:
+        scaler.step(optimizer)
     scaler.update()
-    return scaler.get_scale() >= scale
+    if not problem and scaler.get_scale() < scale:
+        return f"gradients overflowed fp16 at a loss scale of {scale:g}"
+    return problem
 
 
 def reduce_losses(losses: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -121,9 +149,7 @@ def reduce_losses(losses: dict[str, torch.Tensor]) -> dict[str, float]:
     return dict(zip(losses, means, strict=True))
 
 
-def _require_finite(values: dict[str, float], what: str) -> None:
-    """Raise on every rank alike: the values are the same on all of them."""
-    if all(abs(value) < float("inf") for value in values.values()):
-        return
-    listed = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
-    raise NonFiniteLossError(f"a {what} is not finite ({listed})")
+def not_finite(values: dict[str, float], what: str) -> str:
+    """Return a clause that names the values that are inf or NaN; an empty string if there is none."""
+    listed = ", ".join(f"{name} {value:.6g}" for name, value in values.items() if not math.isfinite(value))
+    return f"a {what} is not finite ({listed})" if listed else ""

@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,35 +27,28 @@ from torch.utils.data import Dataset
 from dinov2 import distributed
 from dinov2.configs.scaling import images_per_iteration
 from dinov2.data.loader_errors import explained
-from dinov2.data.unreadable import UnreadableImages
 from dinov2.errors import ConfigError, WeightsError
 from dinov2.logging import MetricLogger
 from dinov2.train.arguments import get_args_parser
-from dinov2.train.freezing import BackboneStart
 from dinov2.train.initialization import settle_config, write_reports
-from dinov2.train.input import (
-    build_data_loader,
-    build_dataset,
-    find_order,
-    in_steps,
-    own_streams,
-    require_same_length,
-    stream_count,
-)
+from dinov2.train.input import build_dataset, find_order, require_same_length
+from dinov2.train.loop import Place, TrainingLoop
 from dinov2.train.optimizer import apply_optim_scheduler, build_optimizer
+from dinov2.train.preemption import StopRequest
 from dinov2.train.run_length import describe_run_length, settle_run_length, total_iterations
-from dinov2.train.run_state import do_test, restore, save_if_due
+from dinov2.train.run_state import do_test, restore
 from dinov2.train.schedules import build_schedulers
 from dinov2.train.self_check import enforce, run_self_check
 from dinov2.train.sharding import require_equal_groups
 from dinov2.train.show_crops import show_crops
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.step import NonFiniteLossError, train_step, unreadable_images
+from dinov2.train.step import NonFiniteLossError, train_step
+from dinov2.train.watchdog import Watchdog
 from dinov2.utils.config import setup, write_config
 from dinov2.utils.device import resolve_device
-from dinov2.utils.seeding import seed_everything
 
 __all__ = [
+    "NonFiniteLossError",
     "apply_optim_scheduler",
     "build_optimizer",
     "build_schedulers",
@@ -64,17 +56,21 @@ __all__ = [
     "do_train",
     "get_args_parser",
     "main",
+    "train_step",
 ]
 
 logger = logging.getLogger("dinov2")
 
-# From its first value of 65536 the scaler reaches 1 in 16 halvings; beyond, the gradients themselves are bad.
-MAX_SKIPPED_STEPS = 24
-
 
 @explained()
 def do_train(
-    cfg: DictConfig, model: SSLMetaArch, resume: bool = False, *, dataset: Dataset | None = None
+    cfg: DictConfig,
+    model: SSLMetaArch,
+    resume: bool = False,
+    *,
+    dataset: Dataset | None = None,
+    stop: StopRequest | None = None,
+    watch: Watchdog | None = None,
 ) -> dict[str, float]:
     """Train ``model``, which is prepared and on its device, to the end of the configured run.
 
@@ -83,25 +79,27 @@ def do_train(
         model: networks to train.
         resume: continue from the newest checkpoint in the output directory.
         dataset: training set, if it is open already; by default the one the config names.
+        stop: signals that ask for a stop; by default none are listened to.
+        watch: is told what this process is doing; by default nobody is.
 
     Returns:
         Name of each metric -> its average over the run and all ranks.
 
     Raises:
-        NonFiniteLossError: naming iteration and losses; the last checkpoint is intact.
+        Interrupted: a signal came; the state after the latest step is saved.
+        NonFiniteLossError: too many steps in a row failed (``train.max_bad_steps``); with the diagnosis.
         SelfCheckError: the run would not do what its config says (``train.self_check`` stop).
         DatasetError: the processes see datasets of different lengths.
         UnreadableImagesError: more images than ``train.max_bad_fraction`` are unreadable.
         DataLoadingError: a data loading process died or gave nothing for ``train.worker_timeout`` seconds.
     """
+    stop, watch = stop or StopRequest(), watch or Watchdog(cfg.train.process_timeout)
     model.train()
     dataset = build_dataset(cfg) if dataset is None else dataset
     require_same_length(dataset)
     settle_run_length(cfg, len(dataset), distributed.get_global_size())
     write_config(cfg, cfg.train.output_dir)
     optimizer = build_optimizer(cfg, model.get_params_groups())
-    schedules = build_schedulers(cfg)
-    backbone_start = BackboneStart(cfg, model.student["backbone"])
     metrics = MetricLogger(
         delimiter="  ", output_file=str(Path(cfg.train.output_dir) / "training_metrics.json")
     )
@@ -121,6 +119,8 @@ def do_train(
     if total_batch > len(dataset):
         logger.warning("a batch of %d images repeats some of the %d tiles", total_batch, len(dataset))
     order = find_order(cfg, dataset, start_iteration, restored.data_order)
+    stop.stop_before_training()
+    watch.phase("checking the run before its first step")
     restored.checkpointer.rehearse(iteration=start_iteration, data_order=order.state())
     check = run_self_check(
         cfg,
@@ -133,63 +133,21 @@ def do_train(
         order=order,
     )
     enforce(check, cfg.train.self_check)
-    loader = build_data_loader(cfg, dataset, start_iteration, model.precision.input_dtype, order=order)
-    batches = metrics.log_every(
-        in_steps(loader, cfg.optim.accumulate_steps),
-        cfg.train.log_period,
-        "Training",
-        max_iterations,
-        start_iteration,
-        images_per_iteration=total_batch,
+    stop.stop_before_training()
+    loop = TrainingLoop(
+        cfg,
+        model,
+        dataset,
+        optimizer,
+        metrics,
+        restored,
+        max_iterations=max_iterations,
+        stop=stop,
+        watch=watch,
     )
-    unreadable = UnreadableImages(cfg.train.output_dir, cfg.train.max_bad_fraction)
-    skipped_in_a_row = 0
-    for iteration, micro_batches in enumerate(batches, start=start_iteration):
-        values = backbone_start.enter(iteration, schedules.at(iteration))
-        try:
-            seed = partial(_seed_micro_batch, cfg, iteration)
-            result = train_step(model, optimizer, micro_batches, values, cfg.optim.clip_grad, seed=seed)
-            skipped_in_a_row = 0 if result.stepped else skipped_in_a_row + 1
-            if skipped_in_a_row == MAX_SKIPPED_STEPS:
-                raise NonFiniteLossError(f"gradients overflowed fp16 in {MAX_SKIPPED_STEPS} steps in a row")
-        except NonFiniteLossError as error:
-            raise NonFiniteLossError(
-                f"Iteration {iteration}: {error}; no weights were changed by it. Resume from the last "
-                "checkpoint with a lower optim.base_lr, or use bf16 or fp32 in compute_precision."
-            ) from None
-        unreadable.update(
-            iteration, unreadable_images(micro_batches), samples=total_batch, total=result.unreadable
-        )
-        if iteration % cfg.train.log_period == 0 or iteration == max_iterations - 1:
-            unreadable.report()
-        metrics.update(
-            lr=values.lr,
-            wd=values.weight_decay,
-            mom=values.momentum,
-            last_layer_lr=values.last_layer_lr,
-            current_batch_size=sum(len(images["collated_global_crops"]) / 2 for images in micro_batches),
-            teacher_temp=values.teacher_temp,
-            skipped_steps=float(not result.stepped),
-            **{"total_loss": result.losses["total_loss"], **result.losses},
-            **{f"grad_norm_{name}": norm for name, norm in result.grad_norms.items()},
-        )
-        drawn = (iteration + 1 - start_iteration) * cfg.train.batch_size_per_gpu
-        save_if_due(
-            cfg,
-            model,
-            restored.checkpointer,
-            iteration,
-            is_last=iteration == max_iterations - 1,
-            order=order.advanced(stream_count(cfg), drawn),
-        )
-
+    loop.run(Place(start_iteration, order))
     metrics.synchronize_between_processes()
     return {name: meter.global_avg for name, meter in metrics.meters.items()}
-
-
-def _seed_micro_batch(cfg: DictConfig, iteration: int, number: int) -> None:
-    """Let a step's own randomness (stochastic depth) depend on where the run stands, not on its history."""
-    seed_everything(cfg.train.seed, own_streams(cfg)[number], iteration)
 
 
 def _begin(cfg: DictConfig, model: SSLMetaArch, max_iterations: int) -> None:
@@ -226,7 +184,13 @@ def main(args: argparse.Namespace) -> None:
     if args.show_crops:
         show_crops(args, Path(args.show_crops))
         return
-    cfg = setup(args, write=False)  # do_train writes it, once the length of the run is settled
+    with StopRequest() as stop:
+        cfg = setup(args, write=False)  # do_train writes it, once the length of the run is settled
+        with Watchdog(cfg.train.process_timeout) as watch:
+            _run(args, cfg, stop, watch)
+
+
+def _run(args: argparse.Namespace, cfg: DictConfig, stop: StopRequest, watch: Watchdog) -> None:
     if args.eval:
         logger.warning('--eval "%s" has no effect: --eval-only exports a checkpoint', args.eval)
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -235,13 +199,15 @@ def main(args: argparse.Namespace) -> None:
     require_equal_groups(cfg.compute_precision)
     # Before the networks are built: a wrong dataset string should not cost the time that takes.
     dataset = None if args.eval_only else build_dataset(cfg)
+    stop.stop_before_training()
+    watch.phase("building the networks")
     model = SSLMetaArch(cfg).to(device)
     model.prepare_for_distributed_training()
     logger.info("%s", model.precision.describe())
     if args.eval_only:
         export_only(cfg, model, resume=not args.no_resume)
     else:
-        do_train(cfg, model, resume=not args.no_resume, dataset=dataset)
+        do_train(cfg, model, resume=not args.no_resume, dataset=dataset, stop=stop, watch=watch)
 
 
 if __name__ == "__main__":

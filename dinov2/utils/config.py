@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import shutil
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +20,9 @@ from dinov2.configs.scaling import SCALING_RULE, images_per_iteration, scaled_lr
 from dinov2.errors import ConfigError, OutputError
 
 logger = logging.getLogger("dinov2")
+
+# A collective waits this multiple of train.process_timeout, and so many seconds more.
+COLLECTIVE_SHARE, COLLECTIVE_MARGIN = 1.25, 30.0
 
 
 def setup(args: argparse.Namespace, *, keep_existing_config: bool = False, write: bool = True) -> DictConfig:
@@ -38,7 +42,9 @@ def setup(args: argparse.Namespace, *, keep_existing_config: bool = False, write
     resolution = _resolve(args)
     cfg = resolution.cfg
     make_output_dir(args.output_dir)
-    default_setup(args, seed=cfg.train.seed, device=cfg.train.device)
+    default_setup(
+        args, seed=cfg.train.seed, device=cfg.train.device, process_timeout=cfg.train.process_timeout
+    )
     resolution.log()
     apply_scaling_rules_to_cfg(cfg)
     if write:
@@ -53,13 +59,21 @@ def get_cfg_from_args(args: argparse.Namespace) -> DictConfig:
     return resolution.cfg
 
 
-def default_setup(args: argparse.Namespace, *, seed: int = 0, device: str = "auto") -> None:
+def default_setup(
+    args: argparse.Namespace,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    process_timeout: float | None = None,
+) -> None:
     """Join the process group, start the logs in ``args.output_dir`` and seed the random generators.
 
     Args:
         args: ``output_dir`` and whatever else shall be logged.
         seed: Seed of the run; each process adds its rank.
         device: ``auto``, ``cpu`` or ``cuda``.
+        process_timeout: Seconds that a process may keep the others waiting; None is PyTorch's default.
+            Collectives wait somewhat longer: the trainer's watchdog, which can name the process, comes first.
     """
     from dinov2 import distributed
     from dinov2.logging import setup_logging
@@ -67,7 +81,8 @@ def default_setup(args: argparse.Namespace, *, seed: int = 0, device: str = "aut
     from dinov2.utils.utils import fix_random_seeds, get_sha
 
     resolve_device(device)  # stops here if CUDA was asked for and there is none
-    distributed.enable(overwrite=True, device=None if device == "auto" else device)
+    patience = process_timeout and timedelta(seconds=COLLECTIVE_SHARE * process_timeout + COLLECTIVE_MARGIN)
+    distributed.enable(overwrite=True, device=None if device == "auto" else device, timeout=patience)
     setup_logging(output=args.output_dir, level=logging.INFO)
     rank = distributed.get_global_rank()
     fix_random_seeds(seed + rank)
