@@ -32,9 +32,9 @@ class BuildProgress:
             self._show()
             sys.stderr.write("\n")
 
-    def advance(self, tiles: int) -> None:
-        """Note that another slide is listed."""
-        self.slides += 1
+    def advance(self, slides: int, tiles: int) -> None:
+        """Note that further slides are listed, with so many tiles."""
+        self.slides += slides
         self.tiles += tiles
         self.tick()
 
