@@ -151,8 +151,8 @@ def explained(workers: "_Workers | None" = None, *, subject: str = THIS_PROCESS)
         try:
             raise translated from error
         finally:
-            # Else frames and errors hold each other, and workers whose loader is left to the garbage collector
-            # take seconds to end. The lines of the traceback stay.
+            # Else frames and errors hold each other, and workers whose loader is left to the garbage
+            # collector take seconds to end. The lines of the traceback stay.
             traceback.clear_frames(error.__traceback__)
             del translated
 
