@@ -9,6 +9,7 @@ import errno
 import re
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,7 +148,13 @@ def explained(workers: "_Workers | None" = None, *, subject: str = THIS_PROCESS)
             raise
         if workers and isinstance(translated, DataLoadingError):
             workers.end()
-        raise translated from error
+        try:
+            raise translated from error
+        finally:
+            # Else frames and errors hold each other, and workers whose loader is left to the garbage
+            # collector take seconds to end. The lines of the traceback stay.
+            traceback.clear_frames(error.__traceback__)
+            del translated
 
 
 class WatchedLoader(DataLoader):

@@ -36,7 +36,7 @@ from dinov2.data.datasets.path_map import PathMap, explained_paths, map_options
 from dinov2.data.loader_errors import WatchedLoader
 from dinov2.data.pass_orders import has_recorded_order
 from dinov2.data.samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler
-from dinov2.data.workers import seed_worker, worker_generator
+from dinov2.data.workers import seed_worker, worker_generator, worker_options
 from dinov2.errors import ConfigError, DatasetError, nearest
 
 logger = logging.getLogger("dinov2")
@@ -282,14 +282,6 @@ def make_data_loader(
         advance=sampler_advance,
         reshuffle_globally=reshuffle_globally,
     )
-    worker_options: dict[str, Any] = {}
-    if num_workers > 0:
-        worker_options = {
-            "persistent_workers": persistent_workers,
-            "prefetch_factor": prefetch_factor,
-            "multiprocessing_context": multiprocessing_context,
-            "timeout": timeout,
-        }
     with warnings.catch_warnings():
         # More processes than cores pay off where storage is slow; PyTorch warns of them with every loader.
         warnings.filterwarnings("ignore", "This DataLoader will create")
@@ -297,14 +289,19 @@ def make_data_loader(
             dataset,
             sampler=sampler,
             batch_size=batch_size,
-            num_workers=num_workers,
             # Page-locked memory only serves copies to an accelerator; without one PyTorch warns.
             pin_memory=torch.cuda.is_available(),
             drop_last=drop_last,
             collate_fn=collate_fn,
             worker_init_fn=seed_worker,
             generator=worker_generator(seed if worker_seed is None else worker_seed, sampler_advance),
-            **worker_options,
+            **worker_options(
+                num_workers,
+                timeout=timeout,
+                prefetch_factor=prefetch_factor,
+                start_method=multiprocessing_context or "default",
+                persistent=persistent_workers,
+            ),
         )
     logger.debug("data loader: %d samples, batches of %d, %s", len(dataset), batch_size, sampler_type)
     return loader

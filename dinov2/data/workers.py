@@ -20,27 +20,34 @@ PARENT_CHECK_SECONDS = 2.0
 
 
 def worker_options(
-    num_workers: int, *, timeout: float, prefetch_factor: int | None, start_method: str
+    num_workers: int,
+    *,
+    timeout: float,
+    prefetch_factor: int | None,
+    start_method: str,
+    persistent: bool = True,
 ) -> dict[str, Any]:
-    """Return the arguments of a ``DataLoader`` that concern its workers, which stay for the whole run.
+    """Return the arguments of a ``DataLoader`` that concern its workers.
 
     Args:
         num_workers: processes that read; 0 reads in this one, where none of the rest applies.
         timeout: seconds to wait for a batch; 0 waits for ever.
         prefetch_factor: batches that each worker prepares ahead; None is PyTorch's 2.
         start_method: ``default``, ``fork``, ``spawn`` or ``forkserver``.
+        persistent: they stay as long as the loader, else for one iteration over it.
     """
     if num_workers == 0:
-        logger.info(
-            "train.num_workers is 0: this process reads the images itself, and waits for storage that does "
-            "not answer without train.worker_timeout"
-        )
+        if timeout:
+            logger.info(
+                "train.num_workers is 0: this process reads the images itself, and waits for storage that "
+                "does not answer without train.worker_timeout"
+            )
         return {"num_workers": 0}
     if start_method == "forkserver":
         multiprocessing.set_forkserver_preload(list(PRELOADED))
     return {
         "num_workers": num_workers,
-        "persistent_workers": True,
+        "persistent_workers": persistent,
         "timeout": timeout,
         "prefetch_factor": prefetch_factor,
         "multiprocessing_context": None if start_method == "default" else start_method,

@@ -1,13 +1,13 @@
 """How far a download is: a bar on a terminal, a line of log for every tenth elsewhere."""
 
 import logging
-import sys
 import time
+
+from dinov2.terminal import REDRAW_SECONDS, StatusLine
 
 logger = logging.getLogger("dinov2")
 
 BAR_WIDTH = 30
-REDRAW_SECONDS = 0.2
 LOGGED_SHARE = 0.1
 LOGGED_BYTES = 100_000_000  # where the size is not known
 
@@ -23,7 +23,7 @@ class Progress:
 
     def __init__(self, name: str, done: int, total: int | None) -> None:
         self.name, self.done, self.total = name, done, total
-        self.on_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.terminal = StatusLine()
         self.start, self.start_time = done, time.monotonic()
         self.next_draw = 0.0
         self.step = max(1, int((total or 0) * LOGGED_SHARE)) if total else LOGGED_BYTES
@@ -33,14 +33,14 @@ class Progress:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        if self.on_terminal:
+        if self.terminal.is_there:
             self._draw()
-            sys.stderr.write("\n")
+            self.terminal.end()
 
     def advance(self, count: int) -> None:
         """Note that ``count`` more bytes are there."""
         self.done += count
-        if self.on_terminal:
+        if self.terminal.is_there:
             if time.monotonic() >= self.next_draw:
                 self._draw()
                 self.next_draw = time.monotonic() + REDRAW_SECONDS
@@ -62,5 +62,4 @@ class Progress:
     def _draw(self) -> None:
         filled = round(BAR_WIDTH * min(1.0, self.done / self.total)) if self.total else 0
         bar = f"[{'#' * filled:<{BAR_WIDTH}}] " if self.total else ""
-        sys.stderr.write(f"\r{bar}{self.line()}\x1b[K")
-        sys.stderr.flush()
+        self.terminal.draw(f"{bar}{self.line()}")

@@ -276,6 +276,15 @@ def test_missing_folders_and_empty_datasets(tmp_path, dataset_str, words):
     assert all(word in text for word in words), text
 
 
+def test_more_workers_than_cores_are_no_reason_to_warn(recwarn):
+    """As where storage is slow; PyTorch would warn with every loader of an evaluation."""
+    loader = numbers_loader(num_workers=1000)
+    assert loader.num_workers == 1000
+    assert not recwarn.list
+    torch.utils.data.DataLoader(Numbers(), num_workers=1000)
+    assert "This DataLoader will create" in str(recwarn.pop(UserWarning).message)
+
+
 @pytest.mark.parametrize("count", [7, 8, 9])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_the_distributed_order_of_a_large_dataset_is_pytorchs(count, world, monkeypatch):

@@ -1,10 +1,15 @@
 """Run a function in several real processes that share a gloo group, for tests all over this folder.
 
 outcome = run_in_processes(function, argument)   # one entry per process, in the order of ranks
+run_script("tests/train/worker.py", argument)    # without torchrun, whose own start takes as long as a rank's
 """
 
 import os
 import socket
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +17,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from dinov2 import distributed
+from tests.conftest import REPO
 
 
 def free_port() -> int:
@@ -39,6 +45,30 @@ def run_in_processes(function: Callable[..., Any], *arguments: Any, world_size: 
         _enter, (world_size, free_port(), outcomes, function, arguments), nprocs=world_size, join=True
     )
     return [outcome for _, outcome in sorted((outcomes.get() for _ in range(world_size)), key=lambda o: o[0])]
+
+
+def run_script(script: str, *arguments: str, world_size: int = 2, seconds: float = 300) -> None:
+    """Run a script of this repository in every process of a group, and end all once one of them fails."""
+    port, processes = free_port(), []
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            for rank in range(world_size):
+                env = {**os.environ, **torchrun_variables(rank, world_size, port)}
+                env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+                command = [sys.executable, str(REPO / script), *arguments]
+                processes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=said))
+            deadline = time.monotonic() + seconds
+            while any(process.poll() is None for process in processes):
+                failed = any(process.returncode for process in processes)
+                if failed or time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        said.seek(0)
+        assert [process.returncode for process in processes] == [0] * world_size, said.read()[-3000:]
 
 
 def _enter(

@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+import sys
 
 import pytest
 
@@ -29,7 +30,7 @@ def advance(done, total, steps, size):
 
 def test_in_a_log_every_tenth_gets_a_line(log, monkeypatch):
     stream = io.StringIO()
-    monkeypatch.setattr(module.sys, "stderr", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
     advance(0, 1000, 500, 2)
     shares = [re.search(r"a\.pth: (\d+)% of", message)[1] for message in log.messages]
     assert shares == [str(share) for share in range(10, 101, 10)]
@@ -47,16 +48,16 @@ def test_without_a_known_size_every_hundred_megabytes_get_a_line(log):
 
 
 def test_on_a_terminal_there_is_one_line_that_changes(log, monkeypatch):
-    monkeypatch.setattr(module.sys, "stderr", Terminal())
+    monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(module, "REDRAW_SECONDS", 0.0)
     advance(0, 1000, 10, 100)
-    drawn = module.sys.stderr.getvalue()
+    drawn = sys.stderr.getvalue()
     assert log.messages == []
     assert drawn.count("\r") == 11 and drawn.count("\n") == 1 and drawn.endswith("\n")
     assert "[###                           ]" in drawn and f"[{'#' * 30}] a.pth: 100%" in drawn
 
 
 def test_without_a_standard_error_there_is_a_log(log, monkeypatch):
-    monkeypatch.setattr(module.sys, "stderr", None)
+    monkeypatch.setattr(sys, "stderr", None)
     advance(0, 1000, 1, 1000)
     assert len(log.messages) == 1

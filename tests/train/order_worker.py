@@ -1,4 +1,4 @@
-"""Trains on tiles that write down when they are drawn; run by torchrun or called in a process.
+"""Trains on tiles that write down when they are drawn; in a group or called in a process.
 
 Usage: order_worker.py RECORD_FOLDER, then the options of the trainer
 """

@@ -1,4 +1,4 @@
-"""Trains a tiny model for a few steps on this rank's share of fixed global batches; run by torchrun.
+"""Trains a tiny model for a few steps on this rank's share of fixed global batches, in any process.
 
 Usage: parallel_worker.py CONFIG.yaml OUTPUT.pt
 """
@@ -54,7 +54,7 @@ def make_batch(cfg, step: int) -> dict:
 
 
 def main(config_file: str, output: str) -> None:
-    distributed.enable(overwrite=True)
+    distributed.enable(device="cpu", overwrite=True)
     cfg = OmegaConf.load(config_file)
     # Differing seeds on purpose: preparing for training must make the ranks equal.
     seed_everything(7, distributed.get_global_rank())

@@ -1,13 +1,9 @@
 """Real runs that are resumed on other numbers of processes draw every tile of a pass once."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.conftest import REPO
+from tests.distributed.launch import run_script
 from tests.train.order_worker import train
 
 TILES = 24
@@ -31,11 +27,7 @@ class Run:
         if world_size == 1:
             train(*words)
         else:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += [f"--nproc-per-node={world_size}", str(REPO / "tests/train/order_worker.py"), *words]
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, done.stderr[-3000:]
+            run_script("tests/train/order_worker.py", *words, world_size=world_size)
         files = [records / f"rank_{rank}.txt" for rank in range(world_size)]
         return [list(map(int, file.read_text().split())) for file in files]
 

@@ -1,14 +1,11 @@
 """Two processes come to one verdict, also when only one of them sees what is wrong."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from omegaconf import OmegaConf
 
-from tests.conftest import REPO
+from tests.distributed.launch import run_script
 from tests.train.conftest import TinyRun
 
 FAULTS = ("none", "masks", "teacher", "forward", "tile")
@@ -23,11 +20,7 @@ def folder(tmp_path_factory, tile_folder):
     options = ("train.centering=centering", "dino.koleo_scope=global", whole)
     cfg = TinyRun(folder, tile_folder).resolve(*options)
     OmegaConf.save(cfg, folder / "resolved.yaml")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(REPO / "tests/train/self_check_worker.py"), str(folder / "resolved.yaml"), str(folder)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    done = subprocess.run([*command, *FAULTS], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("tests/train/self_check_worker.py", str(folder / "resolved.yaml"), str(folder), *FAULTS)
     return folder
 
 

@@ -1,25 +1,20 @@
 """Two processes over gloo train exactly what one process trains on the same global batch."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from dinov2.configs import dinov2_default_config
-from tests.conftest import GOLDEN, REPO
+from tests.conftest import GOLDEN
+from tests.distributed.launch import run_script
+from tests.train import parallel_worker
 
 
 def train(config_file, output, processes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", str(REPO / "tests/train/parallel_worker.py")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    done = subprocess.run(
-        [*command, str(config_file), str(output)], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    if processes == 1:
+        parallel_worker.main(str(config_file), str(output))
+    else:
+        run_script("tests/train/parallel_worker.py", str(config_file), str(output), world_size=processes)
     return torch.load(output, weights_only=True)
 
 

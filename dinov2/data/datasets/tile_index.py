@@ -9,9 +9,10 @@ digit per slide.
 import json
 import logging
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ logger = logging.getLogger("dinov2")
 ENTRY_DTYPE = np.dtype([("actual_index", "<u4"), ("dir_index", "<u4"), ("dataset_index", "<u4")])
 DEFAULT_SUFFIX = ".jpeg"
 _FINGERPRINT_ROWS = 256
+_BLOCK_SLIDES = 64
 
 
 class IndexFiles:
@@ -90,17 +92,26 @@ def write_index(
     np.lib.format.write_array_header_1_0(header, description)
     with atomic_file(files.entries) as file:
         file.write(header.getvalue())
-        for folder_number, slide_number, numbers in rows:
-            block = np.empty(len(numbers), dtype=ENTRY_DTYPE)
-            block["actual_index"] = numbers
-            block["dir_index"] = slide_number
-            block["dataset_index"] = folder_number
+        for block in _blocks(rows):
             file.write(block.tobytes())
         file.flush()
         fingerprint = index_fingerprint(np.load(file.name, mmap_mode="r"))
         write_slide_names(files.next_names, fingerprint, names, suffixes)
     with writing(files.names):
         Path(files.next_names).replace(files.names)
+
+
+def _blocks(rows: Iterable[tuple[int, int, np.ndarray]]) -> Iterator[np.ndarray]:
+    """Yield the rows of several slides at a time, ``_BLOCK_SLIDES``."""
+    rows = iter(rows)
+    while some := list(islice(rows, _BLOCK_SLIDES)):
+        folders, slides, numbers = zip(*some, strict=True)
+        counts = [len(of_slide) for of_slide in numbers]
+        block = np.empty(sum(counts), dtype=ENTRY_DTYPE)
+        block["actual_index"] = np.concatenate(numbers)
+        block["dir_index"] = np.repeat(slides, counts)
+        block["dataset_index"] = np.repeat(folders, counts)
+        yield block
 
 
 def index_fingerprint(entries: np.ndarray) -> list[int]:

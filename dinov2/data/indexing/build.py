@@ -81,8 +81,8 @@ def build_index(
     Args:
         folders: the patches folders.
         files: of the index.
-        workers: how many list at once, threads or, to verify, processes; up to 1 means none but this one;
-            None chooses.
+        workers: how many work at once, at most: threads where listing waits, processes to verify; up to 1
+            means none but this one; None chooses.
         verify: ``none`` trusts the names, ``header`` opens every image, ``decode`` reads all its pixels.
         fresh: list every slide again; needed after files were changed in place.
 
@@ -104,7 +104,7 @@ def build_index(
         report = BuildReport()
         records = _collect(folders, slides, journal, lock, report, workers, verify)
         _write(folders, slides, records, files, report)
-        journal.compact(records.values(), len(records))
+        journal.compact(list(records.values()))
     report.seconds = time.monotonic() - start
     _log_skipped(report, files)
     return report
@@ -153,14 +153,14 @@ def _collect(
             progress.tick()
 
         with closing(results(_list_one, items, workers, tick, processes=verify != "none")) as found:
-            for key, record in found:
-                if record is None:
-                    report.reused += 1
-                else:
-                    report.listed += 1
-                    journal.append(record)
-                records[key] = record or earlier[key]
-                progress.advance(records[key].count)
+            for batch in found:
+                new = [record for _, record in batch if record is not None]
+                journal.append(new)
+                report.listed += len(new)
+                report.reused += len(batch) - len(new)
+                taken = {key: record or earlier[key] for key, record in batch}
+                records.update(taken)
+                progress.advance(len(taken), sum(record.count for record in taken.values()))
     return records
 
 
@@ -176,8 +176,7 @@ def _write(
     in_order = [
         [records[folder, slide] for slide in names] for folder, names in zip(folders, slides, strict=True)
     ]
-    for record in records.values():
-        report.skipped.update(reason for _, reason in record.skipped)
+    report.skipped.update(reason for record in records.values() for _, reason in record.skipped)
     report.tiles = sum(record.count for of_folder in in_order for record in of_folder)
     report.slides = sum(record.count > 0 for of_folder in in_order for record in of_folder)
     _write_skipped(files.skipped, records)
@@ -199,8 +198,8 @@ def _write_skipped(path: str, records: Records) -> None:
     with atomic_file(path) as file:
         lines = csv.writer(_Encoder(file), lineterminator="\n")
         lines.writerow(("path", "reason"))
-        for (folder, slide), record in sorted(records.items()):
-            for name, reason in record.skipped:
+        for folder, slide in sorted(key for key, record in records.items() if record.skipped):
+            for name, reason in records[folder, slide].skipped:
                 lines.writerow((f"{folder}/{slide}/{name}".rstrip("/"), reason))
 
 

@@ -16,6 +16,9 @@ from dinov2.data.indexing.verify import UnreadableError, check_file, covers
 # system's clock, unseen; it is listed again next time.
 SETTLED_SECONDS = 2.0
 
+# As many numbers or fewer are kept as they are: to compress them takes longer than to list them.
+FEW = 64
+
 Signature = tuple[int, int, int]
 
 
@@ -47,6 +50,8 @@ class SlideRecord(NamedTuple):
         """Numbers of the tiles, sorted, uint32."""
         if not self.count:
             return np.empty(0, dtype=np.uint32)
+        if self.count <= FEW:
+            return np.frombuffer(self.packed, dtype="<u4").astype(np.uint32)
         steps = zlib.decompress(self.packed)
         return np.cumsum(np.frombuffer(steps, dtype=f"<u{len(steps) // self.count}"), dtype=np.uint32)
 
@@ -93,9 +98,9 @@ def list_slide(folder: str, slide: str, verify: str, known: Known | None) -> Sli
 
 
 def _packed(numbers: np.ndarray) -> bytes:
-    """Return the differences of sorted numbers as compressed bytes, the narrowest integers that hold them."""
-    if not len(numbers):
-        return b""
+    """Return sorted numbers as bytes; many as their differences, the narrowest integers, and compressed."""
+    if len(numbers) <= FEW:
+        return numbers.astype("<u4").tobytes()
     steps = numbers.copy()
     steps[1:] -= numbers[:-1]
     narrow = np.min_scalar_type(steps.max()).newbyteorder("<")

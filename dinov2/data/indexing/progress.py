@@ -1,12 +1,12 @@
 """How far a build is: a line that is redrawn on a terminal, a line of log now and then elsewhere."""
 
 import logging
-import sys
 import time
+
+from dinov2.terminal import REDRAW_SECONDS, StatusLine
 
 logger = logging.getLogger("dinov2")
 
-REDRAW_SECONDS = 0.2
 LOG_SECONDS = 10.0
 
 
@@ -19,8 +19,8 @@ class BuildProgress:
 
     def __init__(self, total: int) -> None:
         self.total, self.slides, self.tiles = total, 0, 0
-        self._on_terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._period = REDRAW_SECONDS if self._on_terminal else LOG_SECONDS
+        self._terminal = StatusLine()
+        self._period = REDRAW_SECONDS if self._terminal.is_there else LOG_SECONDS
         self._start = time.monotonic()
         self._next = self._start + self._period
 
@@ -28,13 +28,13 @@ class BuildProgress:
         return self
 
     def __exit__(self, *unused: object) -> None:
-        if self._on_terminal:
+        if self._terminal.is_there:
             self._show()
-            sys.stderr.write("\n")
+            self._terminal.end()
 
-    def advance(self, tiles: int) -> None:
-        """Note that another slide is listed."""
-        self.slides += 1
+    def advance(self, slides: int, tiles: int) -> None:
+        """Note that further slides are listed, with so many tiles."""
+        self.slides += slides
         self.tiles += tiles
         self.tick()
 
@@ -55,9 +55,8 @@ class BuildProgress:
         )
 
     def _show(self) -> None:
-        if self._on_terminal:
-            sys.stderr.write(f"\r{self.line()}\x1b[K")
-            sys.stderr.flush()
+        if self._terminal.is_there:
+            self._terminal.draw(self.line())
         else:
             logger.info("%s", self.line())
 

@@ -22,6 +22,7 @@ from typing import Any
 from dinov2.errors import OutputError
 
 ALONE_SECONDS = 0.05  # small trees are done before others would have started
+WAITING_SHARE = 0.5  # of the time; from there on it pays to wait in several threads at once
 CHUNK_SECONDS = 0.03
 LARGEST_CHUNK = 512
 TICK_SECONDS = 1.0
@@ -41,35 +42,47 @@ def results(
     tick: Callable[[], None],
     *,
     processes: bool,
-) -> Iterator[Any]:
-    """Yield ``function(*item)`` of every item, in any order.
+) -> Iterator[list[Any]]:
+    """Yield lists of ``function(*item)`` until every item has had its turn, in any order.
 
     Args:
         function: of a module's top level.
         items: its arguments.
-        workers: how many; up to 1 means this thread alone, which also begins the work in any case.
+        workers: how many at most; up to 1 means this thread alone, which also begins the work in any case.
         tick: called at least about every second.
-        processes: workers are processes, for what keeps Python busy; else threads, for what mostly waits.
+        processes: workers are processes, for what keeps Python busy; else threads, for what mostly waits:
+            they begin once the work is seen to wait.
 
     Raises:
         OutputError: a worker died.
     """
-    start = time.monotonic()
-    done = 0
-    while done < len(items) and (workers <= 1 or not done or time.monotonic() - start < ALONE_SECONDS):
-        yield function(*items[done])
-        done += 1
+    done, chunk = 0, 1
+    spent = busy = 0.0
+    while done < len(items):
+        if (
+            workers > 1
+            and done
+            and spent >= ALONE_SECONDS
+            and (processes or busy < (1 - WAITING_SHARE) * spent)
+        ):
+            chunk = min(chunk, max(1, int((len(items) - done) / workers / 4)))
+            make = _processes if processes else ThreadPoolExecutor
+            yield from _shared(make(workers), function, items[done:], workers, chunk, tick)
+            return
+        batch = items[done : done + chunk]
+        start, started = time.monotonic(), time.thread_time()
+        found = _call_all(function, batch)
+        seconds = time.monotonic() - start
+        spent, busy = spent + seconds, busy + time.thread_time() - started
+        yield found
         tick()
-    if done < len(items):
-        chunk = _chunk_size((time.monotonic() - start) / done, (len(items) - done) / workers)
-        make = _processes if processes else ThreadPoolExecutor
-        yield from _shared(make(workers), function, items[done:], workers, chunk, tick)
+        done += len(batch)
+        chunk = _chunk_size(seconds / len(batch))
 
 
-def _chunk_size(seconds_per_item: float, items_per_worker: float) -> int:
-    """Return how many items make a message worth its way, and leave no worker without work at the end."""
-    by_time = CHUNK_SECONDS / max(seconds_per_item, 1e-9)
-    return max(1, min(int(by_time), int(items_per_worker / 4), LARGEST_CHUNK))
+def _chunk_size(seconds_per_item: float) -> int:
+    """Return how many items make a message worth its way."""
+    return max(1, min(int(CHUNK_SECONDS / max(seconds_per_item, 1e-9)), LARGEST_CHUNK))
 
 
 def _processes(workers: int) -> Executor:
@@ -85,7 +98,7 @@ def _shared(
     workers: int,
     chunk: int,
     tick: Callable[[], None],
-) -> Iterator[Any]:
+) -> Iterator[list[Any]]:
     starts = iter(range(0, len(items), chunk))
 
     def submit(count: int) -> set[Future]:
@@ -98,7 +111,7 @@ def _shared(
             # Before the results are handed on: all may have finished, and the loop ends without any pending.
             pending |= submit(_CHUNKS_AHEAD * workers - len(pending))
             for future in finished:
-                yield from future.result()
+                yield future.result()
             tick()
     except BrokenProcessPool as error:
         raise OutputError(

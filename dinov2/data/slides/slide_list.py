@@ -4,7 +4,7 @@ import glob
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinov2.data.datasets.folders import without_repeats
+from dinov2.data.datasets.folders import files_matching, without_repeats
 from dinov2.data.datasets.path_map import PathMap
 from dinov2.data.slides.slide_csv import read_slide_csv
 from dinov2.data.slides.sources import SLIDE_SUFFIXES, slide_files_below
@@ -56,8 +56,7 @@ def list_slides(source: str, *, path_map: PathMap | None = None) -> list[SlideEn
             for found in without_repeats(source, slide_files_below(source))
         ]
     else:
-        matches = sorted(glob.glob(source, recursive=True))  # noqa: PTH207
-        entries = [SlideEntry(Path(match).stem, match) for match in matches if Path(match).is_file()]
+        entries = [SlideEntry(Path(found).stem, found) for found in _matching(source)]
     if not entries:
         raise DatasetError(
             f'there is no slide in "{source}": give a folder with {" ".join(SLIDE_SUFFIXES)} files, '
@@ -65,6 +64,21 @@ def list_slides(source: str, *, path_map: PathMap | None = None) -> list[SlideEn
         )
     _check_names(entries)
     return sorted(entries, key=lambda entry: entry.name)
+
+
+def _matching(pattern: str) -> list[str]:
+    """Return the files that fit a pattern, each once, without those that a shell would hide."""
+    parts = Path(pattern).parts
+    at = next((number for number, part in enumerate(parts) if glob.has_magic(part)), None)
+    if at is None:
+        return []
+    root, below = Path(*parts[:at]), "/".join(parts[at:])
+    shown = [
+        path
+        for path in files_matching(str(root), below, example="*.svs")
+        if "/." in f"/{below}" or not any(part[0] == "." for part in path.relative_to(root).parts)
+    ]
+    return without_repeats(str(root), shown)
 
 
 def _entries_of(table: str, path_map: PathMap | None) -> list[SlideEntry]:

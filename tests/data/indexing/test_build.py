@@ -17,7 +17,7 @@ from dinov2.data.datasets.tile_index import IndexFiles
 from dinov2.data.indexing import build as build_module
 from dinov2.data.indexing import progress as progress_module
 from dinov2.data.indexing.build import build_index
-from dinov2.data.indexing.journal import HEADER
+from dinov2.data.indexing.journal import HEADER, Journal
 from dinov2.data.indexing.progress import BuildProgress
 from dinov2.data.locks import LockFile
 from dinov2.errors import ConfigError, DatasetError, OutputError
@@ -98,14 +98,17 @@ def test_any_number_of_workers_builds_the_same(tree, tmp_path, encoded, workers,
     assert one.tiles == (sum(20 * number for number in range(12)) if verify == "none" else 11)
 
 
-def test_work_is_shared_once_it_takes_long(tree, tmp_path, encoded, monkeypatch):
-    """Without a beginning alone, everything but the first slide goes through the other processes."""
+@pytest.mark.parametrize("verify", ["none", "decode"])
+def test_work_is_shared_once_it_takes_long(tree, tmp_path, encoded, monkeypatch, verify):
+    """Without a beginning alone, everything but the first slide goes through the others."""
     monkeypatch.setattr("dinov2.data.indexing.workers.ALONE_SECONDS", 0.0)
     for tile in tree.rglob("*.jpeg"):
         tile.write_bytes(encoded[0] if tile.stem.endswith("0") else encoded[0][:300])
-    build(tree, tmp_path / "one", workers=0, verify="decode")
+    # However little the work waits, threads take part.
+    monkeypatch.setattr("dinov2.data.indexing.workers.WAITING_SHARE", -1e9)
+    build(tree, tmp_path / "one", workers=0, verify=verify)
     for workers in (2, 3):
-        build(tree, tmp_path / "many", workers=workers, verify="decode", fresh=True)
+        build(tree, tmp_path / "many", workers=workers, verify=verify, fresh=True)
         assert content(tmp_path / "one") == content(tmp_path / "many")
         assert reasons(tmp_path / "one") == reasons(tmp_path / "many")
     build(tree, tmp_path / "threads", workers=3)
@@ -194,45 +197,61 @@ def test_a_damaged_journal_costs_only_time(tree, tmp_path, damage):
     journal = tmp_path / "journal-TRAIN.txt"
     data = journal.read_bytes()
     lines = data.splitlines(keepends=True)
+    assert lines[1].count(b"slide_number") == 1  # the first is listed by itself, to see how long it takes
     if damage == "cut":
-        journal.write_bytes(data[:-10])
+        journal.write_bytes(b"".join([*lines[:2], lines[2][:-10]]))
     elif damage == "middle":
-        journal.write_bytes(b"".join([*lines[:4], lines[4].replace(b"slide", b"slime"), *lines[5:]]))
+        journal.write_bytes(b"".join([lines[0], lines[1].replace(b"slide", b"slime"), *lines[2:]]))
     else:
         journal.write_bytes(b"other" + data)
     report = build(tree, tmp_path)
-    assert report.reused == {"cut": 11, "middle": 11, "header": 0}[damage]
+    assert report.reused == {"cut": 1, "middle": 11, "header": 0}[damage]
     assert content(tmp_path) == before
-    assert len(journal.read_bytes().splitlines()) == 13
+    assert journal.read_bytes().count(b"slide_number") == len(Journal(str(journal)).read()) == 12
     assert journal.read_bytes().startswith(HEADER)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_kill_and_resume(tmp_path, encoded, workers):
+def test_kill_and_resume(tmp_path, encoded, workers, monkeypatch):
     """Kill -9 in the middle, twice; the end equals a build that was never interrupted."""
+    monkeypatch.setattr("dinov2.data.indexing.workers.CHUNK_SECONDS", 0.001)
     tree, extra = tmp_path / "patches", tmp_path / "extra"
     for number in range(90):
         add_slide(tree, f"slide_{number:03d}", range(20), encoded[number % 12])
     journal = extra / "journal-TRAIN.txt"
     done = 0
     for _ in range(2):
-        child = Child(lambda: build(tree, extra, verify="decode", workers=workers))
-        while lines_of(journal) < done + 15:
+        child = Child(lambda: build_and_halt(tree, extra, 15, verify="decode", workers=workers))
+        while slides_of(journal) < done + 15:
             time.sleep(0.001)
         child.kill()
-        done = lines_of(journal)
-        assert done < 91, "it was killed too late"
+        done = slides_of(journal)
         assert not (extra / "entries-TRAIN.npy").exists()
     report = build(tree, extra, verify="decode")
-    assert report.reused >= done - 1
+    assert report.reused == done
     assert report.reused + report.listed == 90
     build(tree, tmp_path / "whole", verify="decode")
     assert content(extra) == content(tmp_path / "whole")
     assert not [path for path in extra.iterdir() if path.name.endswith((".tmp", ".lock"))]
 
 
-def lines_of(journal):
-    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+def build_and_halt(tree, extra, slides, **options):
+    """Build, but halt once so many slides are in the journal; the workers go on meanwhile."""
+    append, appended = Journal.append, []
+
+    def append_and_halt(journal, records):
+        append(journal, records)
+        appended.extend(records)
+        if len(appended) >= slides:
+            signal.pause()
+
+    Journal.append = append_and_halt  # in a process of its own
+    build(tree, extra, **options)
+
+
+def slides_of(journal):
+    """Number of slides in the complete lines of a journal."""
+    return journal.read_bytes().rpartition(b"\n")[0].count(b'"slide_') if journal.exists() else 0
 
 
 def test_workers_do_not_outlive_a_killed_builder(tmp_path, encoded):
@@ -409,7 +428,7 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(caplog, monkeypatch):
     with caplog.at_level("INFO", logger="dinov2"), BuildProgress(40) as shown:
         for _ in range(30):
             now[0] += 1
-            shown.advance(50)
+            shown.advance(1, 50)
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
         "10 of 40 slides (25%), 500 tiles, 50 tiles/s, 0:30 left",

@@ -95,8 +95,8 @@ def folder_with(tmp_path, slide, names):
 @pytest.mark.skipif(dirents._getdents64 is None, reason="the fast way needs Linux and its C library")
 @settings(max_examples=12, deadline=None)
 @given(
-    st.one_of(st.text("abcXYZ-.0_", min_size=6, max_size=70), st.just("sl\u00fcde \udcff\udcfe")),
-    st.sets(NUMBERS, min_size=100, max_size=130),
+    st.one_of(st.text("abcXYZ-_0", min_size=1, max_size=70), st.just("sl\u00fcde \udcff\udcfe")),
+    st.one_of(st.sets(NUMBERS, min_size=1, max_size=60), st.sets(NUMBERS, min_size=300, max_size=330)),
     st.sampled_from(SUFFIXES),
 )
 def test_the_fast_way_is_taken_and_agrees(slide, numbers, suffix):
@@ -105,6 +105,7 @@ def test_the_fast_way_is_taken_and_agrees(slide, numbers, suffix):
         path = folder_with(Path(folder), slide, names)
         fast = dirents.regular_tiles(path, slide)
     assert fast is not None
+    assert not fast.skipped
     general = parse_names(slide, names)
     assert fast.suffix == general.suffix == suffix
     assert np.array_equal(fast.numbers, general.numbers)
@@ -118,22 +119,22 @@ SLIDE = "TCGA-AB-1234-01Z-00-DX1"
 @pytest.mark.parametrize(
     "odd",
     [
-        "notes.txt",
         f"{SLIDE}_patch_7.png",
         f"{SLIDE}_patch_007.jpeg",
         f"{SLIDE}_patch_4294967296.jpeg",
         f"{SLIDE}_patch_.jpeg",
+        f"{SLIDE}_patch_7",
         f"{SLIDE}_patch_7.jpegs",
         f"{SLIDE}_patch_7.jpeg.jpeg",
         f"{SLIDE}_patch_7a.jpeg",
-        f"aaaaaaa\x08{SLIDE}_patch_5.jpeg",
         f"{SLIDE}_patch_700000000000000.jpeg",
         "a folder",
         "a link to nothing",
     ],
 )
-def test_the_fast_way_declines_what_is_not_regular(tmp_path, odd):
-    path = folder_with(tmp_path, SLIDE, [tile_name(SLIDE, 10 * number) for number in range(150)])
+@pytest.mark.parametrize("tiles", [3, 400])
+def test_the_fast_way_declines_what_is_not_regular(tmp_path, odd, tiles):
+    path = folder_with(tmp_path, SLIDE, [tile_name(SLIDE, 10 * number) for number in range(tiles)])
     assert dirents.regular_tiles(path, SLIDE) is not None
     place = Path(path, f"{SLIDE}_patch_7.jpeg" if odd.startswith("a ") else odd)
     if odd == "a folder":
@@ -144,6 +145,31 @@ def test_the_fast_way_declines_what_is_not_regular(tmp_path, odd):
         place.touch()
     assert dirents.regular_tiles(path, SLIDE) is None
     record = list_slide(str(tmp_path), SLIDE, "none", None)
-    assert record.numbers.tolist() == [10 * number for number in range(150)]
+    assert record.numbers.tolist() == [10 * number for number in range(tiles)]
     assert [name for name, _ in record.skipped] == [place.name]
+
+
+@pytest.mark.skipif(dirents._getdents64 is None, reason="the fast way needs Linux and its C library")
+@pytest.mark.parametrize("slide", [SLIDE, "s"])
+@pytest.mark.parametrize("tiles", [3, 400])
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["notes.txt"],
+        ["b", "a", ".hidden", "other_patch_7.jpeg"],
+        ["aaaaaaa\x08{slide}_patch_5.jpeg"],
+        ["{slide}_patch", "{slide}", "a{slide}_patch_1.jpeg"],
+        ["\udcff.jpeg"],
+    ],
+)
+def test_the_fast_way_leaves_other_files_out(tmp_path, slide, tiles, others):
+    names = [tile_name(slide, 10 * number) for number in range(tiles)]
+    names += [name.format(slide=slide) for name in others]
+    fast = dirents.regular_tiles(folder_with(tmp_path, slide, names), slide)
+    general = parse_names(slide, names)
+    assert fast is not None
+    assert fast.numbers.tolist() == general.numbers.tolist() == [10 * number for number in range(tiles)]
+    assert fast.suffix == general.suffix
+    assert fast.skipped == general.skipped
+    assert len(fast.skipped) == len(others)
     assert parse_names("s", []).numbers.tolist() == []

@@ -19,5 +19,9 @@ def test_no_result_is_lost_where_all_workers_are_done_before_they_are_waited_for
 
     monkeypatch.setattr(workers, "wait", wait_late)
     items = [(number,) for number in range(300)]
-    found = list(workers.results(_slowly, items, 2, lambda: None, processes=False))
+    found = [
+        number
+        for batch in workers.results(_slowly, items, 2, lambda: None, processes=False)
+        for number in batch
+    ]
     assert sorted(found) == list(range(300))

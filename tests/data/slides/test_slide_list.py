@@ -26,6 +26,24 @@ def test_folder_pattern_and_file(folder):
     assert list_slides(str(folder / "b.svs")) == [SlideEntry("b", str(folder / "b.svs"))]
 
 
+def test_patterns_enter_links_but_no_loops_and_pass_hidden_files_over(folder, monkeypatch):
+    (folder / "sub" / "loop").symlink_to(folder)
+    assert names(folder / "**" / "*.NDPI") == ["c"]
+    assert names(folder / "*" / "*.NDPI") == names(folder / "*" / "loop" / "*" / "*.NDPI") == ["c"]
+    assert names(folder / "**" / "*.svs") == ["b", "x.y"]
+    assert names(folder / "[ab].*") == ["a", "b"]
+    assert names(folder / "sub" / ".*.svs") == [".e"]
+    monkeypatch.chdir(folder)
+    assert names("*.svs") == names("**/*.svs") == ["b", "x.y"]
+    assert [entry.path for entry in list_slides("*.tiff")] == ["a.tiff"]
+    for pattern, words in (
+        ("**.svs", "is no pattern below root: write"),
+        ("none/*.svs", "there is no slide"),
+    ):
+        with pytest.raises(DatasetError, match=words):
+            list_slides(pattern)
+
+
 def test_table(folder):
     table = folder / "slides.csv"
     table.write_text(
