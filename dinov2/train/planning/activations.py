@@ -1,8 +1,8 @@
 """What autograd keeps of a student's forward pass until its backward pass, in bytes.
 
 Each formula follows the code that it describes, operation by operation; a test compares them with the tensors
-that autograd really saves. Letters: d width, h feed-forward width, H heads, c bytes of the number format of the
-matrix products (2 under autocast, else 4). The residual stream, norms and losses are float32.
+that autograd really saves. Letters: d width, h feed-forward width, H heads, c bytes of the number format of
+the matrix products (2 under autocast, else 4). The residual stream, norms and losses are float32.
 
 One residual branch keeps, per token it computes:
 
@@ -18,9 +18,9 @@ One residual branch keeps, per token it computes:
 
 A frozen layer keeps nothing for the gradients of its weights: neither inputs of matrix products nor what
 LayerScale multiplies. Low-rank updates need the inputs of the matrices that they update, and keep their own
-narrow results, ``c`` times the rank for each of four matrices. ``train.activation_checkpointing`` keeps less: ``full`` the input of a block, ``4 d``;
-``selective`` that and the results of matrix products and attention; the rest of a block is computed again, one
-block at a time.
+narrow results, ``c`` times the rank for each of four matrices. ``train.activation_checkpointing`` keeps
+less: ``full`` the input of a block, ``4 d``; ``selective`` that and the results of matrix products and
+attention; the rest of a block is computed again, one block at a time.
 """
 
 from dataclasses import dataclass
@@ -106,11 +106,11 @@ class HeadMemory:
 def head_memory(work: Workload, name: str, c: int) -> HeadMemory:
     """Return what a student's head and the losses on its scores take.
 
-    Rows of tokens are joined in float32 and rounded (``4 d + c d``); every hidden layer keeps its result before
-    and after the GELU, the bottleneck its result before and after normalisation in float32. The prototypes'
-    matrix is computed from direction and gain. The losses work in float32: log-probabilities of the student's
-    rows, the teacher's targets, for local crops their sum over the two views, and one more copy while a
-    softmax is computed.
+    Rows of tokens are joined in float32 and rounded (``4 d + c d``); every hidden layer keeps its result
+    before and after the GELU, the bottleneck its result before and after normalisation in float32. The
+    prototypes' matrix is computed from direction and gain. The losses work in float32: log-probabilities of
+    the student's rows, the teacher's targets, for local crops their sum over the two views, and one more
+    copy while a softmax is computed.
 
     Args:
         work: a micro-batch.

@@ -2,17 +2,17 @@
 
 A step has moments at which memory can be highest; each is added up by part, and the highest is the peak:
 
-- ``targets``: the teacher's scores become targets; the student has not run yet. Sinkhorn-Knopp holds the scores
-  and three float32 matrices of their size for a moment (scaled, shifted, exponentials), centring two.
+- ``targets``: the teacher's scores become targets; the student has not run yet. Sinkhorn-Knopp holds the
+  scores and three float32 matrices of their size for a moment (scaled, shifted, exponentials), centring two.
 - ``losses``: the student has run, everything for its backward pass is there, and so are scores, targets and
   log-probabilities.
 - ``heads done``: gradients of the heads exist, the backbone's activations still do.
 - ``optimizer``: all gradients exist, activations are gone, AdamW has one copy of its largest parameter group.
 
-Always there: float32 weights of student and teacher and AdamW's two moments. Gradients are float32 and freed at
-the beginning of a step. Under autocast every matrix has a copy in half precision until its backward pass; with
-sharding the gathered parameters take its place. With k accumulated micro-batches the crops and the teacher's
-scores of those to come wait on the device, and from the second on there are gradients in full.
+Always there: float32 weights of student and teacher and AdamW's two moments. Gradients are float32 and freed
+at the beginning of a step. Under autocast every matrix has a copy in half precision until its backward pass;
+with sharding the gathered parameters take its place. With k accumulated micro-batches the crops and the
+teacher's scores of those to come wait on the device, and from the second on there are gradients in full.
 
 With ``SHARD_GRAD_OP`` the student's parameters stay gathered from forward to backward, the teacher's until
 the average is taken; with ``FULL_SHARD`` and ``HYBRID_SHARD`` a unit and the next one are gathered at a time.
@@ -177,7 +177,9 @@ def _gathered_teacher(part: Part, held: PartLayout) -> int:
 
 
 def _buffers(parts: tuple[Part, ...], student: Mapping[str, PartLayout]) -> int:
-    return max(2 * part.largest_unit * (student[part.name].compute + student[part.name].reduce) for part in parts)
+    return max(
+        2 * part.largest_unit * (student[part.name].compute + student[part.name].reduce) for part in parts
+    )
 
 
 def _accumulated(

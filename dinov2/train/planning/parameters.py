@@ -1,4 +1,4 @@
-"""The networks without their weights: built on PyTorch's meta device, where tensors have shapes but no values."""
+"""The networks on PyTorch's meta device, where tensors have shapes but no values, and their parameters."""
 
 from dataclasses import dataclass
 
