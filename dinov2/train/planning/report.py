@@ -235,7 +235,7 @@ def _iterations(cfg: DictConfig, work: Workload, machine: Machine, tiles: int | 
 
 WHAT_HELPS = (
     "set train.activation_checkpointing=full, shard (compute_precision.*.sharding_strategy FULL_SHARD on "
-    "more GPUs), lower train.batch_size_per_gpu and raise optim.accumulate_steps, or use GPUs with more memory"
+    "more GPUs), lower train.batch_size_per_gpu and raise optim.accumulate_steps, or use larger GPUs"
 )
 
 
@@ -298,8 +298,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     if machine.gpus > 1:
         yield (
             f"  communication ({machine.fabric}): {traffic.inside / 1e9:.2f} GB sent by each GPU per step, "
-            f"{1e3 * traffic.overlapped:.1f} ms that computing can hide and {1e3 * traffic.waited:.1f} ms that "
-            f"it cannot, beside {1e3 * plan.step_seconds:.0f} ms of computing"
+            f"{1e3 * traffic.overlapped:.1f} ms that computing can hide, {1e3 * traffic.waited:.1f} ms that it "
+            f"cannot, beside {1e3 * plan.step_seconds:.0f} ms of computing"
         )
     yield from _run_lines(plan)
     yield ""
