@@ -298,7 +298,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     if machine.gpus > 1:
         yield (
             f"  communication ({machine.fabric}): {traffic.inside / 1e9:.2f} GB sent by each GPU per step, "
-            f"{1e3 * traffic.overlapped:.1f} ms that computing can hide, {1e3 * traffic.waited:.1f} ms that it "
+            f"{1e3 * traffic.overlapped:.1f} ms that can be hidden, {1e3 * traffic.waited:.1f} ms that "
             f"cannot, beside {1e3 * plan.step_seconds:.0f} ms of computing"
         )
     yield from _run_lines(plan)
