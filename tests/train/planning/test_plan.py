@@ -49,9 +49,9 @@ def test_the_search(limit, found):
 
 
 def test_a_total_batch_is_reached_by_accumulating():
-    calculated = plan("--gpu-mem", "3", "--gpus", "2", "--total-batch", "8192")
+    calculated = plan("--gpu-mem", "3", "--gpus", "2", "--total-batch", "2048")
     batch, steps = calculated.wanted
-    assert batch * steps * 2 == 8192 and steps > 1 and batch <= calculated.largest_batch
+    assert batch * steps * 2 == 2048 and steps > 1 and batch <= calculated.largest_batch
 
 
 def test_it_says_so_when_nothing_fits():
