@@ -50,6 +50,38 @@ def get_show_crops_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def get_plan_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``python -m dinov2.train.plan``."""
+    parser = argparse.ArgumentParser(
+        "plan", description="Calculate memory, speed, disk and the largest batch of a training."
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML with changes to the default")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="of the run (default: 1)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: 8)")
+    parser.add_argument("--gpu-mem", type=float, default=80.0, metavar="GIB", help="of one GPU (default: 80)")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="whose peak to take (default: h100)")
+    parser.add_argument("--peak-tflops", type=float, metavar="X", help="peak to take instead of --gpu's")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak reached (default: 0.4)")
+    parser.add_argument(
+        "--fabric",
+        default="eight-cards",
+        help="network of the machines: eight-cards (8 x 400 Gbit/s, default) or one-card (200 Gbit/s)",
+    )
+    parser.add_argument("--tiles", type=int, metavar="N", help="in the dataset, to count passes")
+    parser.add_argument(
+        "--total-batch", type=int, metavar="N", help="images per step to reach by accumulating"
+    )
+    parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
+    parser.add_argument("--scaling-table", action="store_true", help="print the tables of docs/scaling.md")
+    parser.add_argument(
+        "--lenient-config", action="store_true", help="warn about unknown config keys instead of stopping"
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, help="config overrides, key=value; must come after all options"
+    )
+    return parser
+
+
 def check_command_line(arguments: Sequence[str], parser: argparse.ArgumentParser | None = None) -> None:
     """Parse ``arguments`` and resolve the config they name; raises ConfigError for any mistake.
 

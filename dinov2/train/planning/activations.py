@@ -1,0 +1,142 @@
+"""What autograd keeps of a student's forward pass until its backward pass, in bytes.
+
+Each formula follows the code that it describes, operation by operation; a test compares them with the tensors
+that autograd really saves. Letters: d width, h feed-forward width, H heads, c bytes of the number format of
+the matrix products (2 under autocast, else 4). The residual stream, norms and losses are float32.
+
+One residual branch keeps, per token it computes:
+
+- its input, for the norm: ``4 d``, with the norm's mean and deviation, ``8``;
+- the norm's output, rounded for the matrix product: ``c d``;
+- attention: queries, keys, values ``3 c d``, result ``c d``, the log of the softmax's sums ``4 H``, and the
+  result once more, packed for the projection: ``c d``;
+- feed-forward: MLP ``2 c h`` (before and after the GELU); SwiGLU ``4 c h`` (two halves, the gate's SiLU, the
+  product);
+- LayerScale: what it multiplies, ``c d``;
+- stochastic depth: its result once more, which adding it at its positions keeps, ``4 d``, and the positions
+  twice, ``16``.
+
+A frozen layer keeps nothing for the gradients of its weights: neither inputs of matrix products nor what
+LayerScale multiplies. Low-rank updates need the inputs of the matrices that they update, and keep their own
+narrow results, ``c`` times the rank for each of four matrices. ``train.activation_checkpointing`` keeps
+less: ``full`` the input of a block, ``4 d``; ``selective`` that and the results of matrix products and
+attention; the rest of a block is computed again, one block at a time.
+"""
+
+from dataclasses import dataclass
+
+from dinov2.train.planning.workload import NUM_GLOBAL_CROPS, HeadSizes, Workload
+
+FLOAT32 = 4
+INDEX = 8
+
+
+@dataclass(frozen=True)
+class BackboneActivations:
+    """Bytes kept of a micro-batch's pass through the student's backbone."""
+
+    blocks: int
+    recomputed: int  # of the one block that checkpointing computes again, on top
+    outputs: int  # of the final norm, and what it keeps
+    crops: int  # number format of the matrix products; the input of the patch embedding
+
+    @property
+    def total(self) -> int:
+        return self.blocks + self.recomputed + self.outputs
+
+
+def backbone_activations(work: Workload, c: int) -> BackboneActivations:
+    """Return what the student's backbone keeps.
+
+    Args:
+        work: a micro-batch.
+        c: bytes of the number format of matrix products.
+    """
+    full = [_block(work, block, c) for block in range(work.vit.depth)]
+    blocks, recomputed = sum(full), 0
+    if work.checkpointing != "none":
+        kept = [_checkpointed(work, block, c) if full[block] else 0 for block in range(work.vit.depth)]
+        blocks, recomputed = sum(kept), max(full)
+    d = work.vit.width
+    gradient_passes = work.tokens * (2 * FLOAT32 * d + 2 * FLOAT32)  # input and output of the final norm
+    return BackboneActivations(blocks, recomputed, gradient_passes, work.pixels * c)
+
+
+def _block(work: Workload, block: int, c: int) -> int:
+    vit, d = work.vit, work.vit.width
+    frozen = block < work.frozen_blocks
+    if frozen and not work.mask_token_learns:
+        return 0
+    learns = 0 if frozen or work.lora_rank else 1
+    inputs = 1 if work.lora_rank else learns
+    scattered = FLOAT32 * d + 2 * INDEX if vit.drop_rates[block] > 0 else 0
+    branch = FLOAT32 * d + 2 * FLOAT32 + scattered
+    scaled = c * d * learns * vit.layer_scale
+    attention = branch + inputs * 2 * c * d + 4 * c * d + FLOAT32 * vit.heads + scaled
+    feed_forward = branch + inputs * c * d + _hidden(work, c, inputs) + scaled
+    return work.tokens_kept(block) * (attention + feed_forward + 4 * c * work.lora_rank)
+
+
+def _hidden(work: Workload, c: int, inputs: int) -> int:
+    """Bytes between the two matrices of the feed-forward, per token."""
+    h = work.vit.hidden
+    return c * h * (3 + inputs) if work.vit.gated else c * h * (1 + inputs)
+
+
+def _checkpointed(work: Workload, block: int, c: int) -> int:
+    """Bytes that stay of a block whose inside is computed again."""
+    vit, d = work.vit, work.vit.width
+    input_of_block = work.tokens * FLOAT32 * d
+    if work.checkpointing == "full":
+        return input_of_block
+    products = c * (3 * d + d + d + d + vit.hidden * (2 if vit.gated else 1)) + FLOAT32 * vit.heads
+    return input_of_block + work.tokens_kept(block) * products
+
+
+@dataclass(frozen=True)
+class HeadMemory:
+    """Bytes of one head of the student or teacher in a micro-batch, and of the losses on its scores."""
+
+    activations: int  # kept by the head for its backward pass
+    logits: int
+    kept_by_losses: int  # targets and log-probabilities
+    passing: int  # the largest copy that computing a loss makes for a moment
+
+
+def head_memory(work: Workload, name: str, c: int) -> HeadMemory:
+    """Return what a student's head and the losses on its scores take.
+
+    Rows of tokens are joined in float32 and rounded (``4 d + c d``); every hidden layer keeps its result
+    before and after the GELU, the bottleneck its result before and after normalisation in float32. The
+    prototypes' matrix is computed from direction and gain. The losses work in float32: log-probabilities of
+    the student's rows, the teacher's targets, for local crops their sum over the two views, and one more
+    copy while a softmax is computed.
+
+    Args:
+        work: a micro-batch.
+        name: ``dino_head`` or ``ibot_head``.
+        c: bytes of the number format of the head's matrix products.
+    """
+    head = work.heads[name]
+    cls_rows, patch_rows = work.rows(name, student=True)
+    rows = cls_rows + patch_rows
+    logits = rows * head.prototypes
+    per_row = _head_row(head, c)
+    rounded = head.prototypes * head.bottleneck * c
+    kept = logits + patch_rows * head.prototypes  # log-probabilities; targets of the patches
+    if cls_rows:
+        kept += (NUM_GLOBAL_CROPS + (1 if work.local_crops else 0)) * work.batch * head.prototypes
+    last_term = patch_rows if patch_rows else NUM_GLOBAL_CROPS * work.batch
+    return HeadMemory(
+        activations=rows * per_row + rounded,
+        logits=logits * c,
+        kept_by_losses=kept * FLOAT32,
+        passing=last_term * head.prototypes * FLOAT32,
+    )
+
+
+def _head_row(head: HeadSizes, c: int) -> int:
+    rounded_inputs = head.width * (FLOAT32 if c == FLOAT32 else c)
+    hidden = 2 * c * head.hidden * (head.layers - 1)
+    bottleneck = head.bottleneck * (c + FLOAT32 + (c if c < FLOAT32 else 0)) + FLOAT32
+    return rounded_inputs + hidden + bottleneck
