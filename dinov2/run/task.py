@@ -100,11 +100,11 @@ class Task:
 def _leave(stop: Interrupted, job: Any) -> NoReturn:
     """End a process whose run has saved, and queue the job again where somebody else will not.
 
-    SIGTERM means that the job is cancelled (nobody wants it again), or pre-empted (Slurm queues it by
-    itself, where the site lets it). Every other signal is a warning ahead of the time limit.
+    SIGTERM and SIGINT mean that the job is cancelled (nobody wants it again), or pre-empted (Slurm queues it
+    by itself, where the site lets it). Every other signal is a warning ahead of the time limit.
     """
     requeue = signal.getsignal(getattr(signal, f"SIG{job.USR_SIG}"))
-    if stop.signal_number == signal.SIGTERM or not callable(requeue):
+    if stop.signal_number in (signal.SIGTERM, signal.SIGINT) or not callable(requeue):
         logger.warning("%s", stop)
         raise SystemExit(EXIT_START_AGAIN)
     if job.global_rank != 0:

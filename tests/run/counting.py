@@ -1,6 +1,7 @@
 """A module with a `main` that stops like the trainer: handlers of its own, saves on all processes, raises.
 
-It counts to `steps` (in `opts`), and goes on from the number that it saved. Also a script, for torchrun.
+It counts to `steps` (in `opts`), and goes on from the number that it saved: for as many steps as `restarted`
+says, if it does. Also a script, for torchrun.
 """
 
 import argparse
@@ -46,7 +47,8 @@ def count(args: argparse.Namespace, received: list[int]) -> int:
         environment = {name: os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "SITE_VARIABLE")}
         start = {"from": done, "size": distributed.get_global_size(), "opts": args.opts, **environment}
         file.write(json.dumps(start) + "\n")
-    while done < int(values["steps"]):
+    last = done + int(values["restarted"]) if done and "restarted" in values else int(values["steps"])
+    while done < last:
         time.sleep(STEP_SECONDS)
         done += 1
         number = int(distributed.all_reduce_max_(torch.tensor(float(max(received, default=0)))).item())

@@ -17,8 +17,8 @@ from tests.distributed.launch import free_port
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 LIMIT_SECONDS = 60
 
-# cred_expire: a requeued job waits as long before it may start again; below 5 it is 120. 32 CPUs: those that are asked for, not
-# those of the machine. The daemons listen on 127.0.0.1 only.
+# cred_expire: a requeued job waits as many seconds before it may start again; a value below 5 means 120.
+# 32 CPUs: those that are asked for, not those of the machine. The daemons listen on 127.0.0.1 only.
 SLURM_CONF = """
 ClusterName=looptest
 SlurmctldHost={host}(127.0.0.1)

@@ -13,7 +13,7 @@ from tests.conftest import REPO
 from tests.run.conftest import parse
 from tests.run.counting import Counter
 from tests.run.slurm import Slurm, reason_to_skip
-from tests.train.conftest import TINY
+from tests.train import conftest as training
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,9 +21,11 @@ pytestmark = [
 ]
 
 # Whatever the machine does besides: a job starts, imports torch and finishes.
-LIMIT = 150
+LIMIT = 300
 TRAINING = ("train.device=cpu", "train.OFFICIAL_EPOCH_LENGTH=15", "evaluation.eval_period_iterations=30")
 ITERATIONS = 30  # two epochs
+
+tile_folder = training.tile_folder
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +43,23 @@ def here(slurm, monkeypatch):
     return slurm
 
 
+@pytest.fixture(scope="module", autouse=True)
+def limited(slurm, tmp_path_factory):
+    """A job that runs into its time limit while the other tests run: its folder and the job.
+
+    It asks for its signal 100 to 40 seconds after its start, as Slurm may give it a minute too early.
+    """
+    folder = tmp_path_factory.mktemp("limited")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in slurm.environ.items():
+            patch.setenv(name, value)
+        return folder, counting(folder, "--ngpus", "0", "--timeout", "2", "--signal-delay", "20")
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     file = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    file.write_text(TINY)
+    file.write_text(training.TINY)
     return file
 
 
@@ -116,9 +131,10 @@ def starts(folder, rank=0):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def counting(folder, *words, steps=30):
+def counting(folder, *words):
+    """Submit a job of two processes that counts until something stops it."""
     request = ("--cluster", "slurm", "--ngpus", "2", "--timeout", "10", "--output-dir", folder, *words)
-    return submit_jobs(Counter, parse(*request, f"steps={steps}"), name="dinov2:test")
+    return submit_jobs(Counter, parse(*request, "steps=100000", "restarted=5"), name="dinov2:test")
 
 
 def test_torchrun_inside_an_allocation_is_what_counts(undisturbed):
@@ -201,18 +217,18 @@ def test_a_sweep_is_an_array_of_trainings(slurm, config, tile_folder, tmp_path):
     assert zero != one
 
 
-def test_the_time_limit_itself_requeues_until_the_job_is_done(here, tmp_path):
-    """Slurm's warning comes up to a minute early, so after some seconds already."""
-    job = counting(tmp_path, "--timeout", "1", "--signal-delay", "20", steps=450)
-    state = here.wait_for_end(job.job_id, 240)
-    assert (state["JobState"], int(state["Restarts"]) >= 1) == ("COMPLETED", True), logs(tmp_path, job.job_id)
-    assert [start["size"] for start in starts(tmp_path)] == [2] * (int(state["Restarts"]) + 1)
-    assert starts(tmp_path)[1]["from"] > 0
-    assert job.results() == [450, 450]
+def test_the_time_limit_itself_requeues(slurm, limited, tmp_path):
+    folder, job = limited
+    state = slurm.wait_for_end(job.job_id, LIMIT)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), logs(folder, job.job_id)
+    assert "SIGUSR2 received, saved after step" in logs(folder, job.job_id)
+    first, second = starts(folder)
+    assert (first["from"], second["from"] > 0) == (0, True)
+    assert job.result() == second["from"] + 5
 
 
 def test_a_job_that_used_up_its_timeouts_ends(here, tmp_path):
-    job = counting(tmp_path, "--max-timeouts", "0", steps=10_000)
+    job = counting(tmp_path, "--max-timeouts", "0")
     here.wait(lambda: (tmp_path / "state.json").exists(), "the first step", LIMIT)
     here.call("scancel", "--signal=USR2", job.job_id)
     state = here.wait_for_end(job.job_id, LIMIT)
@@ -221,7 +237,7 @@ def test_a_job_that_used_up_its_timeouts_ends(here, tmp_path):
 
 
 def test_a_cancelled_job_saves_and_is_not_requeued(here, tmp_path):
-    job = counting(tmp_path, steps=10_000)
+    job = counting(tmp_path)
     here.wait(lambda: (tmp_path / "state.json").exists(), "the first step", LIMIT)
     here.call("scancel", job.job_id)
     state = here.wait_for_end(job.job_id, LIMIT)

@@ -104,8 +104,9 @@ def test_a_warning_ahead_of_the_limit_requeues_once(stopped, number):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_cancelled_job_is_not_queued_again(stopped, rank):
-    assert stopped(signal.SIGTERM, rank=rank) == (EXIT_START_AGAIN, [])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_cancelled_job_is_not_queued_again(stopped, number, rank):
+    assert stopped(number, rank=rank) == (EXIT_START_AGAIN, [])
 
 
 def test_where_nobody_requeues_the_status_asks_for_it(stopped):
