@@ -270,8 +270,11 @@ srun bash -c 'trap "" USR1; exec {python} -m torch.distributed.run \\
     --rdzv-endpoint "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29500" \\
     -m tests.run.counting {folder} steps=30' &
 wait $!
-while kill -0 $! 2>/dev/null; do wait $!; done
+status=$?
+# The signal ends a wait; the step goes on until it has saved.
+while kill -0 $! 2>/dev/null; do wait $!; status=$?; done
 [ -n "$warned" ] && scontrol requeue "$SLURM_JOB_ID"
+exit $status
 """
 
 
