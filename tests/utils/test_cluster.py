@@ -76,7 +76,16 @@ def test_variables_win_over_the_file(monkeypatch, tmp_path):
     ("text", "expected"),
     [
         ("partitions: fast", '"partitions".*did you mean "partition"'),
+        ("cpus_per_gpu: 3", '"cpus_per_gpu".*did you mean "cpus_per_task"'),
         ("cpus_per_task: many", 'cpus_per_task is "many"'),
+        ("cpus_per_task: 0", "at least 1"),
+        ("timeout: 1.5", 'timeout is "1.5".*DINOV2_TIMEOUT'),
+        ("partition: [a]", "partition is .* but must be a text"),
+        ("setup: {a: b}", "setup is .* a list of texts"),
+        ("environment: [A=1]", "environment is .* a mapping"),
+        ("environment: {A-B: 1}", 'environment is "A-B".*names of variables'),
+        ("environment: {A: yes}", 'environment.A is "True".*in quotes'),
+        ("executor_parameters: x", "executor_parameters is .* a mapping"),
         ("cluster: aw", '"aw" is not known'),
         ("a: [", "no readable YAML file"),
         ("- fast", "no mapping"),
@@ -87,6 +96,16 @@ def test_mistakes_in_the_file_are_named(monkeypatch, tmp_path, text, expected):
     monkeypatch.setenv("DINOV2_CLUSTER_CONFIG", str(tmp_path / "cluster.yaml"))
     with pytest.raises(ConfigError, match=expected):
         cluster.get_cluster_type()
+
+
+def test_gpus_can_be_asked_for_by_their_name(monkeypatch, tmp_path):
+    (tmp_path / "cluster.yaml").write_text("gres: gpu:a100\nsetup: module load cuda\nqos: long\n")
+    monkeypatch.setenv("DINOV2_CLUSTER_CONFIG", str(tmp_path / "cluster.yaml"))
+    parameters = cluster.get_slurm_executor_parameters(1, 4, slurm_qos="short")
+    assert parameters["slurm_gres"] == "gpu:a100:4"
+    assert "gpus_per_node" not in parameters
+    assert (parameters["slurm_setup"], parameters["slurm_qos"]) == (["module load cuda"], "short")
+    assert "slurm_gres" not in cluster.get_slurm_executor_parameters(1, 0)
 
 
 def test_an_absent_file_is_named(monkeypatch, tmp_path):

@@ -1,5 +1,13 @@
 """Submit a logistic-regression evaluation, with its options and those of the submission."""
 
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:
+    # Started as a file: Python searches the folder of the file, where that of the package is wanted.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
 from dinov2 import cli
 from dinov2.run import submit
 
@@ -8,6 +16,10 @@ class Evaluator(submit.Task):
     """The job that evaluates."""
 
     module = "dinov2.eval.log_regression"
+
+    def check(self) -> Sequence[str]:
+        """See :func:`dinov2.run.submit.check_config`."""
+        return submit.check_config(self.args)
 
 
 def main() -> None:

@@ -1,5 +1,13 @@
 """Submit a training: ``python dinov2/run/train/train.py --nodes 4 --config-file ... key=value``."""
 
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:
+    # Started as a file: Python searches the folder of the file, where that of the package is wanted.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
 from dinov2 import cli
 from dinov2.run import submit
 
@@ -9,16 +17,9 @@ class Trainer(submit.Task):
 
     module = "dinov2.train"
 
-    def check(self) -> None:
-        """Hold the config and the overrides against the schema, as the job would hours later."""
-        from dinov2.configs import resolve_config
-
-        resolve_config(
-            self.args.config_file,
-            list(self.args.opts),
-            output_dir=self.args.output_dir,
-            lenient=self.args.lenient_config,
-        )
+    def check(self) -> Sequence[str]:
+        """See :func:`dinov2.run.submit.check_config`."""
+        return submit.check_config(self.args)
 
 
 def main() -> None:
