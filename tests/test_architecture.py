@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "loss": "distributed",
     "logging": "distributed",
     "fsdp": "distributed",
+    "fsdp.consolidate": "cli distributed fsdp",
     "utils": "distributed",
     "utils.config": "configs distributed logging utils",
     "data": "cli distributed terminal utils",

@@ -10,8 +10,9 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from dinov2.data.datasets.arrays import writing
 from dinov2.data.processes import lives, this_process
@@ -33,11 +34,22 @@ class LockFile:
     Args:
         path: of the lock file, on a file system that all sharers see; its folder is made where needed.
         stale_seconds: age of the last renewal after which the lock of another machine counts as left behind.
+        details: plain values that the lock tells beside its process.
+        left_behind: whether a holder, given as what its lock tells, has ended for reasons the caller knows.
     """
 
-    def __init__(self, path: str | Path, *, stale_seconds: float = STALE_SECONDS) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        stale_seconds: float = STALE_SECONDS,
+        details: Mapping[str, Any] | None = None,
+        left_behind: Callable[[Mapping[str, Any]], bool] = lambda _: False,
+    ) -> None:
         self.path = Path(path)
         self._stale_seconds = stale_seconds
+        self._details = dict(details or {})
+        self._left_behind = left_behind
         self._token = uuid.uuid4().hex
         self._content = b""
         self._next_renewal = 0.0
@@ -48,7 +60,7 @@ class LockFile:
         Raises:
             OutputError: the folder can not be written.
         """
-        self._content = json.dumps({**this_process(), "token": self._token}).encode("ascii")
+        self._content = json.dumps({**self._details, **this_process(), "token": self._token}).encode("ascii")
         self._next_renewal = time.monotonic() + RENEW_SECONDS
         draft = self._beside("draft")
         with writing(str(self.path)):
@@ -99,6 +111,17 @@ class LockFile:
         unknown = {"pid": "unknown", "host": "unknown host", "since": "an unknown time"}
         return "process {pid} on {host}, since {since}".format_map({**unknown, **_parsed(self._read())})
 
+    def holder_lives(self) -> bool | None:
+        """Return whether the holder lives; None if it is on another machine, or nobody has the lock."""
+        return lives(_parsed(self._read()))
+
+    def last_renewal(self) -> int | None:
+        """Return when the lock was renewed by the clock of the file system, in ns; None without a lock."""
+        try:
+            return self.path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
     def _beside(self, ending: str) -> Path:
         return self.path.with_name(f".{self.path.name}.{self._token}.{ending}")
 
@@ -126,7 +149,10 @@ class LockFile:
         return True
 
     def _is_stale(self) -> bool:
-        holder_lives = lives(_parsed(self._read()))
+        holder = _parsed(self._read())
+        holder_lives = lives(holder)
+        if holder_lives is None and self._left_behind(holder):
+            return True
         return self._age(self.path) > self._stale_seconds if holder_lives is None else not holder_lives
 
     def _age(self, path: Path) -> float:

@@ -5,6 +5,7 @@ This is the only place that knows how modules are sharded. Without a process gro
 
 from dinov2.fsdp.checkpointer import FSDPCheckpointer, rankstr
 from dinov2.fsdp.grad_scaler import ShardedGradScaler
+from dinov2.fsdp.reading import read_checkpoint
 from dinov2.fsdp.sharding import (
     defer_gradient_reduction,
     free_if_fsdp,
@@ -14,9 +15,11 @@ from dinov2.fsdp.sharding import (
     is_sharded_fsdp,
     reshard_fsdp_model,
 )
+from dinov2.fsdp.writing import SaveOutcome
 
 __all__ = [
     "FSDPCheckpointer",
+    "SaveOutcome",
     "ShardedGradScaler",
     "defer_gradient_reduction",
     "free_if_fsdp",
@@ -25,5 +28,6 @@ __all__ = [
     "is_fsdp",
     "is_sharded_fsdp",
     "rankstr",
+    "read_checkpoint",
     "reshard_fsdp_model",
 ]

@@ -1,13 +1,14 @@
-"""Between live objects, whose tensors may be sharded, and the whole CPU tensors of a checkpoint."""
+"""Between live objects, whose tensors may be sharded, and what a checkpoint holds of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dinov2 import distributed
+from dinov2.errors import some_of
 
 PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes)
 
@@ -46,13 +47,56 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Yield every tensor of a nested state."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors(item)
+def named_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Any]:
+    """Return the optimizer's state with parameters by name instead of by number.
+
+    ``torch.distributed.checkpoint.state_dict`` does so, too, but it takes a step when there is no state yet.
+
+    Args:
+        optimizer: of parameters that all have a name.
+        names: parameter -> name.
+    """
+    state = {names[parameter]: dict(values) for parameter, values in optimizer.state.items()}
+    groups = [
+        {**group, "params": [names[parameter] for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def load_named_optimizer_state(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], stored: Mapping[str, Any]
+) -> None:
+    """Load what :func:`named_optimizer_state` returned; options that were not stored keep their values.
+
+    Raises:
+        ValueError: the parameters are grouped otherwise.
+    """
+    stored_groups = {frozenset(group["params"]): group for group in stored["param_groups"]}
+    groups, numbers = [], {}
+    for own in optimizer.param_groups:
+        members = [names[parameter] for parameter in own["params"]]
+        group = stored_groups.get(frozenset(members))
+        if group is None:
+            raise ValueError(f"no stored group of parameters consists of {some_of(members, 3)}")
+        own_numbers = range(len(numbers), len(numbers) + len(members))
+        numbers.update(zip(members, own_numbers, strict=True))
+        groups.append({**own, **group, "params": list(own_numbers)})
+    state = {numbers[name]: values for name, values in stored["state"].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def numbered_optimizer_state(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a named state in PyTorch's own form, parameters numbered in the order of their groups."""
+    members = [name for group in stored["param_groups"] for name in group["params"]]
+    numbers = {name: number for number, name in enumerate(members)}
+    groups = [
+        {**group, "params": [numbers[name] for name in group["params"]]} for group in stored["param_groups"]
+    ]
+    return {
+        "state": {numbers[name]: values for name, values in stored["state"].items()},
+        "param_groups": groups,
+    }
 
 
 def load_model(model: nn.Module, stored: dict[str, torch.Tensor]) -> None:

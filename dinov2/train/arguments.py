@@ -15,6 +15,11 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML with changes to the default")
     parser.add_argument("--no-resume", action="store_true", help="start anew even if checkpoints exist")
+    parser.add_argument(
+        "--resume-anyway",
+        action="store_true",
+        help="continue a run although its config was another in what decides the result",
+    )
     parser.add_argument("--eval-only", action="store_true", help="export the newest checkpoint and stop")
     parser.add_argument("--eval", type=str, default="", help="accepted for old scripts; has no effect")
     parser.add_argument("--show-crops", default="", metavar="FILE", help="draw the first crops and stop")

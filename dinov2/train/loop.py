@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from dinov2.train.diagnosis import diagnose
 from dinov2.train.freezing import BackboneStart
 from dinov2.train.input import build_data_loader, in_steps, own_streams, step_samples, stream_count
 from dinov2.train.preemption import StopRequest, signal_name
-from dinov2.train.run_state import Restored, save_if_due, save_now, settle
+from dinov2.train.run_state import METRICS_FILE, Restored, drop_rows_from, save_if_due, save_now
 from dinov2.train.schedules import ScheduleValues, build_schedulers
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.step import NonFiniteLossError, StepResult, train_step, unreadable_images
@@ -188,8 +189,8 @@ class TrainingLoop:
         if not result.stop_requested or is_last:
             return
         if not saved:
-            save_now(self.model, self.checkpointer, iteration, order)
-        settle(self.checkpointer)
+            save_now(self.cfg, self.model, self.checkpointer, iteration, order)
+        self.checkpointer.wait(must_succeed=True)
         number = self.stop.agreed_signal()
         self.interrupted = Interrupted(
             f"the signal {signal_name(number)} came; the run is saved after iteration {iteration}, and the "
@@ -219,6 +220,7 @@ class TrainingLoop:
 
     def _go_back(self, iteration: int, problem: str, order: DataOrder) -> Place:
         """Return to the last checkpoint, once; the data goes on behind the batches that failed."""
+        self.checkpointer.wait()
         told = f"iteration {iteration}: the last {self.bad.in_a_row} steps were skipped, because {problem}"
         if self.went_back or not self.checkpointer.has_checkpoint():
             why = (
@@ -236,6 +238,8 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         loaded = self.checkpointer.resume_or_load(resume=True)
         back = loaded["iteration"] + 1
+        if distributed.is_main_process():
+            drop_rows_from(Path(self.cfg.train.output_dir, METRICS_FILE), back)
         scale = ""
         scaler = self.model.fp16_scaler
         if scaler is not None:

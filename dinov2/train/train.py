@@ -34,9 +34,11 @@ from dinov2.train.initialization import settle_config, write_reports
 from dinov2.train.input import build_dataset, find_order, require_same_length
 from dinov2.train.loop import Place, TrainingLoop
 from dinov2.train.optimizer import apply_optim_scheduler, build_optimizer
+from dinov2.train.output_lock import OutputLock
 from dinov2.train.preemption import StopRequest
 from dinov2.train.run_length import describe_run_length, settle_run_length, total_iterations
-from dinov2.train.run_state import do_test, restore
+from dinov2.train.run_state import METRICS_FILE, do_test, restore
+from dinov2.train.same_config import settings_of
 from dinov2.train.schedules import build_schedulers
 from dinov2.train.self_check import enforce, run_self_check
 from dinov2.train.sharding import require_equal_groups
@@ -69,6 +71,8 @@ def do_train(
     resume: bool = False,
     *,
     dataset: Dataset | None = None,
+    resume_anyway: bool = False,
+    lock: OutputLock | None = None,
     stop: StopRequest | None = None,
     watch: Watchdog | None = None,
 ) -> dict[str, float]:
@@ -79,6 +83,8 @@ def do_train(
         model: networks to train.
         resume: continue from the newest checkpoint in the output directory.
         dataset: training set, if it is open already; by default the one the config names.
+        resume_anyway: continue although the config differs in what decides the result.
+        lock: that of the output directory, which is looked at before every checkpoint.
         stop: signals that ask for a stop; by default none are listened to.
         watch: is told what this process is doing; by default nobody is.
 
@@ -88,6 +94,8 @@ def do_train(
     Raises:
         Interrupted: a signal came; the state after the latest step is saved.
         NonFiniteLossError: too many steps in a row failed (``train.max_bad_steps``); with the diagnosis.
+        ConfigError: the run to continue had another config, in something that decides the result.
+        OutputError: the checkpoint of the end could not be written.
         SelfCheckError: the run would not do what its config says (``train.self_check`` stop).
         DatasetError: the processes see datasets of different lengths.
         UnreadableImagesError: more images than ``train.max_bad_fraction`` are unreadable.
@@ -98,12 +106,18 @@ def do_train(
     dataset = build_dataset(cfg) if dataset is None else dataset
     require_same_length(dataset)
     settle_run_length(cfg, len(dataset), distributed.get_global_size())
-    write_config(cfg, cfg.train.output_dir)
     optimizer = build_optimizer(cfg, model.get_params_groups())
-    metrics = MetricLogger(
-        delimiter="  ", output_file=str(Path(cfg.train.output_dir) / "training_metrics.json")
+    metrics = MetricLogger(delimiter="  ", output_file=str(Path(cfg.train.output_dir) / METRICS_FILE))
+    restored = restore(
+        cfg,
+        model,
+        resume=resume,
+        resume_anyway=resume_anyway,
+        may_write=(lock or OutputLock()).check,
+        optimizer=optimizer,
+        metrics=metrics,
     )
-    restored = restore(cfg, model, resume=resume, optimizer=optimizer, metrics=metrics)
+    write_config(cfg, cfg.train.output_dir)  # a run that is not continued leaves that of the old one
     # Weights alone begin a new run, whatever count of iterations stands in a file, unless the config says so.
     start_iteration = restored.iterations_done if restored.continues else cfg.optim.start_iter
     max_iterations = total_iterations(cfg)
@@ -119,9 +133,10 @@ def do_train(
     if total_batch > len(dataset):
         logger.warning("a batch of %d images repeats some of the %d tiles", total_batch, len(dataset))
     order = find_order(cfg, dataset, start_iteration, restored.data_order)
+    settings = settings_of(cfg, world_size)
     stop.stop_before_training()
     watch.phase("checking the run before its first step")
-    restored.checkpointer.rehearse(iteration=start_iteration, data_order=order.state())
+    restored.checkpointer.rehearse(iteration=start_iteration, data_order=order.state(), **settings)
     check = run_self_check(
         cfg,
         model,
@@ -184,13 +199,17 @@ def main(args: argparse.Namespace) -> None:
     if args.show_crops:
         show_crops(args, Path(args.show_crops))
         return
-    with StopRequest() as stop:
-        cfg = setup(args, write=False)  # do_train writes it, once the length of the run is settled
+    with StopRequest() as stop, OutputLock() as lock:
+        # do_train writes the config, once the length of the run is settled. An export only reads.
+        cfg = setup(args, write=False, claim=None if args.eval_only else lock.claim)
         with Watchdog(cfg.train.process_timeout) as watch:
-            _run(args, cfg, stop, watch)
+            _run(args, cfg, lock, stop, watch)
 
 
-def _run(args: argparse.Namespace, cfg: DictConfig, stop: StopRequest, watch: Watchdog) -> None:
+def _run(
+    args: argparse.Namespace, cfg: DictConfig, lock: OutputLock, stop: StopRequest, watch: Watchdog
+) -> None:
+    """Train or export, in the output directory that belongs to this run meanwhile."""
     if args.eval:
         logger.warning('--eval "%s" has no effect: --eval-only exports a checkpoint', args.eval)
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -207,7 +226,16 @@ def _run(args: argparse.Namespace, cfg: DictConfig, stop: StopRequest, watch: Wa
     if args.eval_only:
         export_only(cfg, model, resume=not args.no_resume)
     else:
-        do_train(cfg, model, resume=not args.no_resume, dataset=dataset, stop=stop, watch=watch)
+        do_train(
+            cfg,
+            model,
+            resume=not args.no_resume,
+            dataset=dataset,
+            resume_anyway=args.resume_anyway,
+            lock=lock,
+            stop=stop,
+            watch=watch,
+        )
 
 
 if __name__ == "__main__":

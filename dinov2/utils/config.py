@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,7 +26,13 @@ logger = logging.getLogger("dinov2")
 COLLECTIVE_SHARE, COLLECTIVE_MARGIN = 1.25, 30.0
 
 
-def setup(args: argparse.Namespace, *, keep_existing_config: bool = False, write: bool = True) -> DictConfig:
+def setup(
+    args: argparse.Namespace,
+    *,
+    keep_existing_config: bool = False,
+    write: bool = True,
+    claim: Callable[[str], None] | None = None,
+) -> DictConfig:
     """Make everything ready for a run and return its config, with ``optim.lr`` derived.
 
     Args:
@@ -34,6 +41,8 @@ def setup(args: argparse.Namespace, *, keep_existing_config: bool = False, write
         keep_existing_config: Leave a differing ``config.yaml`` of an earlier run in its place and write
             beside it. For evaluations, which may write into the folder of a training run.
         write: False leaves writing ``config.yaml`` to the caller, who still changes the config.
+        claim: called in all processes with the output folder, once they have joined and before anything is
+            written there; may raise.
 
     Raises:
         ConfigError: The configuration or the launcher's environment is wrong.
@@ -43,7 +52,11 @@ def setup(args: argparse.Namespace, *, keep_existing_config: bool = False, write
     cfg = resolution.cfg
     make_output_dir(args.output_dir)
     default_setup(
-        args, seed=cfg.train.seed, device=cfg.train.device, process_timeout=cfg.train.process_timeout
+        args,
+        seed=cfg.train.seed,
+        device=cfg.train.device,
+        process_timeout=cfg.train.process_timeout,
+        claim=claim,
     )
     resolution.log()
     apply_scaling_rules_to_cfg(cfg)
@@ -65,6 +78,7 @@ def default_setup(
     seed: int = 0,
     device: str = "auto",
     process_timeout: float | None = None,
+    claim: Callable[[str], None] | None = None,
 ) -> None:
     """Join the process group, start the logs in ``args.output_dir`` and seed the random generators.
 
@@ -74,6 +88,7 @@ def default_setup(
         device: ``auto``, ``cpu`` or ``cuda``.
         process_timeout: Seconds that a process may keep the others waiting; None is PyTorch's default.
             Collectives wait somewhat longer: the trainer's watchdog, which can name the process, comes first.
+        claim: see :func:`setup`.
     """
     from dinov2 import distributed
     from dinov2.logging import setup_logging
@@ -83,6 +98,8 @@ def default_setup(
     resolve_device(device)  # stops here if CUDA was asked for and there is none
     patience = process_timeout and timedelta(seconds=COLLECTIVE_SHARE * process_timeout + COLLECTIVE_MARGIN)
     distributed.enable(overwrite=True, device=None if device == "auto" else device, timeout=patience)
+    if claim is not None:
+        claim(args.output_dir)
     setup_logging(output=args.output_dir, level=logging.INFO)
     rank = distributed.get_global_rank()
     fix_random_seeds(seed + rank)

@@ -1,8 +1,8 @@
 """The run state in one process: names, pruning, fallback, refusal."""
 
+import json
 import logging
-import os
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from dinov2.errors import OutputError, WeightsError
 from dinov2.fsdp import FSDPCheckpointer, ShardedGradScaler
 from dinov2.logging import MetricLogger
+from tests.checkpoints import damage, read_state
 
 
 def build(seed=0):
@@ -32,19 +33,12 @@ def checkpointer(folder, seed=0, **options):
     return FSDPCheckpointer(model, str(folder), optimizer=optimizer, **options)
 
 
-def step_of(path):
-    return torch.load(path, weights_only=True)["iteration"]
-
-
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
 def save(saver, iteration):
-    """Save with modification times one second apart, which a fast test would not have."""
     saver.save(f"model_{iteration:07d}", iteration=iteration)
-    path = Path(saver.save_dir, f"model_{iteration:07d}.rank_0.pth")
-    os.utime(path, (1e9 + iteration, 1e9 + iteration))
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
@@ -72,22 +66,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
         assert torch.equal(value, model.state_dict()[name]), name
 
 
-def test_layout_of_file_and_folder(tmp_path):
+def test_layout_of_folder(tmp_path):
     saver = checkpointer(tmp_path)
     saver.save("model_0000009", iteration=9)
     saver.save("model_final", iteration=10)
-    assert names(tmp_path) == ["last_checkpoint.rank_0", "model_0000009.rank_0.pth", "model_final.rank_0.pth"]
-    assert (tmp_path / "last_checkpoint.rank_0").read_text() == "model_final.rank_0.pth"
-    state = torch.load(tmp_path / "model_final.rank_0.pth", weights_only=True)
+    assert names(tmp_path) == ["last_checkpoint.rank_0", "model_0000009", "model_final"]
+    assert (tmp_path / "last_checkpoint.rank_0").read_text() == "model_final"
+    assert names(tmp_path / "model_final") == [".metadata", "__0_0.distcp", "manifest.json", "state.json"]
+    manifest = json.loads((tmp_path / "model_final" / "manifest.json").read_text())
+    assert (manifest["iteration"], manifest["world_size"], manifest["sequence"]) == (10, 1, 2)
+    assert set(manifest["files"]) == {".metadata", "__0_0.distcp", "state.json"}
+    assert str(tmp_path) not in (tmp_path / "model_final" / ".metadata").read_bytes().decode("latin1")
+    state = read_state(tmp_path / "model_final")
     assert set(state) == {"model", "optimizer", "iteration"}
     assert set(state["model"]) == set(saver.model.state_dict())
-    assert saver.get_checkpoint_file() == str(tmp_path / "model_final.rank_0.pth")
+    assert saver.get_checkpoint_file() == str(tmp_path / "model_final")
 
 
 def test_a_view_does_not_drag_its_storage_into_the_file(tmp_path):
     big = torch.zeros(1_000_000)
     checkpointer(tmp_path).save("model_final", part=big[:10])
-    assert (tmp_path / "model_final.rank_0.pth").stat().st_size < 100_000
+    assert (tmp_path / "model_final" / "__0_0.distcp").stat().st_size < 100_000
 
 
 def test_only_the_newest_periodic_checkpoints_stay_even_across_restarts(tmp_path):
@@ -95,40 +94,41 @@ def test_only_the_newest_periodic_checkpoints_stay_even_across_restarts(tmp_path
         saver = checkpointer(tmp_path, max_to_keep=3)
         for iteration in range(10 * run, 10 * run + 4):
             save(saver, iteration)
-    (tmp_path / ".model_0000001.rank_0.pth.tmp").write_bytes(b"half a file")
+    (tmp_path / ".model_0000001.tmp").mkdir()
     (tmp_path / "model_0000001.rank_1.pth").write_bytes(b"of an older program")
     saver.save("model_final", iteration=14)
-    assert names(tmp_path) == [
-        "last_checkpoint.rank_0",
-        "model_0000001.rank_1.pth",
-        *(f"model_{iteration:07d}.rank_0.pth" for iteration in (11, 12, 13)),
-        "model_final.rank_0.pth",
-    ]
+    kept = [f"model_{iteration:07d}" for iteration in (11, 12, 13)]
+    assert names(tmp_path) == ["last_checkpoint.rank_0", "model_0000001.rank_1.pth", *kept, "model_final"]
+
+
+def test_multiples_of_keep_every_stay_for_ever(tmp_path):
+    saver = checkpointer(tmp_path, max_to_keep=1, keep_every=4)
+    for iteration in range(10):
+        save(saver, iteration)
+    kept = [f"model_{iteration:07d}" for iteration in (3, 7, 9)]
+    assert names(tmp_path) == ["last_checkpoint.rank_0", *kept]
 
 
 def test_after_a_roll_back_the_checkpoint_just_saved_stays(tmp_path):
     saver = checkpointer(tmp_path, max_to_keep=2)
     for iteration in (5, 6):
         save(saver, iteration)
-    saver.tag_last_checkpoint("model_0000005.rank_0.pth")
+    saver.tag_last_checkpoint("model_0000005")
     assert saver.resume_or_load()["iteration"] == 5
     saver.save("model_0000001", iteration=1)
     assert saver.resume_or_load()["iteration"] == 1
 
 
-def damage(path):
-    path.write_bytes(path.read_bytes()[:1000])
-
-
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, caplog):
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json", "manifest.json"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, caplog, name):
     saver = checkpointer(tmp_path)
     for iteration in (1, 2, 3):
         save(saver, iteration)
-    damage(tmp_path / "model_0000003.rank_0.pth")
+    damage(tmp_path / "model_0000003", name)
     assert saver.resume_or_load()["iteration"] == 2
     (message,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert "model_0000003.rank_0.pth is damaged" in message
-    assert "resuming from the older model_0000002.rank_0.pth" in message
+    assert "model_0000003 is damaged: " in message and name in message
+    assert "resuming from the older model_0000002" in message
 
 
 def test_an_unsafe_newest_checkpoint_falls_back_too(tmp_path, caplog):
@@ -144,9 +144,9 @@ def test_a_tag_for_a_deleted_file_falls_back_to_the_newest(tmp_path, caplog):
     saver = checkpointer(tmp_path)
     for iteration in (1, 2, 3):
         save(saver, iteration)
-    (tmp_path / "model_0000003.rank_0.pth").unlink()
+    shutil.rmtree(tmp_path / "model_0000003")
     assert saver.resume_or_load()["iteration"] == 2
-    assert "model_0000003.rank_0.pth, which does not exist" in caplog.text
+    assert "model_0000003, which does not exist" in caplog.text
 
 
 def test_without_a_tag_a_complete_file_is_found(tmp_path):
@@ -160,7 +160,7 @@ def test_without_a_tag_a_complete_file_is_found(tmp_path):
 def test_when_nothing_can_be_read_the_run_stops(tmp_path):
     saver = checkpointer(tmp_path)
     save(saver, 1)
-    damage(tmp_path / "model_0000001.rank_0.pth")
+    damage(tmp_path / "model_0000001")
     with pytest.raises(
         WeightsError, match="none of the 1 checkpoints .* can be read: start over with --no-resume"
     ):
@@ -172,7 +172,7 @@ def test_without_resume_only_the_model_is_loaded(tmp_path):
     train(source.model, source.checkpointables["optimizer"], 2)
     source.save("model_final", iteration=1)
     target = checkpointer(tmp_path / "target", seed=1)
-    extra = target.resume_or_load(str(tmp_path / "source" / "model_final.rank_0.pth"), resume=False)
+    extra = target.resume_or_load(str(tmp_path / "source" / "model_final"), resume=False)
     assert extra == {"iteration": 1}
     assert torch.equal(target.model[0].weight, source.model[0].weight)
     assert not target.checkpointables["optimizer"].state

@@ -28,7 +28,8 @@ def gradients(model, images, deferred=False):
             defer_gradient_reduction(model, number < len(images) - 1)
         (model(image, is_training=True)["x_norm_patchtokens"].sin().sum() / len(images)).backward()
         if number == 0:
-            reduced_early = any(parameter.grad is not None for parameter in model.parameters())
+            # Gathered parameters keep whole gradients until they are reduced.
+            reduced_early = any(isinstance(parameter.grad, DTensor) for parameter in model.parameters())
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     whole = {
         name: (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()

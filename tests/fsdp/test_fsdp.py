@@ -12,6 +12,7 @@ from dinov2 import distributed, fsdp
 from dinov2.errors import ConfigError
 from dinov2.fsdp import FSDPCheckpointer, get_fsdp_wrapper, sharding
 from dinov2.fsdp.sharding import laid_out_like, whole_copy, whole_tensor
+from tests.checkpoints import damage
 from tests.distributed.launch import run_in_processes
 
 
@@ -90,10 +91,10 @@ def _resume_unsharded(folder):
     model = build(seed=distributed.get_global_rank() + 5)
     saver = FSDPCheckpointer(model, folder, optimizer=optimizer_of(model))
     first = saver.resume_or_load()["iteration"]
-    damaged = Path(folder, "model_0000004.rank_0.pth")
+    damaged = Path(folder, "model_0000004")
+    saver.save(damaged.name, iteration=4)
     if distributed.is_main_process():
-        damaged.write_bytes(b"half")
-        saver.tag_last_checkpoint(damaged.name)
+        damage(damaged, "__1_0.distcp")
     distributed.barrier()
     second = saver.resume_or_load()["iteration"]
     saver.save("model_final", iteration=9)
@@ -217,7 +218,7 @@ def test_a_sharded_run_is_continued_by_one_process(two_processes, strategy):
     folder, _, _ = two_processes
     assert sorted(path.name for path in (folder / strategy).iterdir()) == [
         "last_checkpoint.rank_0",
-        "model_0000002.rank_0.pth",
+        "model_0000002",
     ]
     model = build(seed=9)
     optimizer = optimizer_of(model)
@@ -230,7 +231,7 @@ def test_two_processes_continue_what_one_wrote_and_agree_on_the_file(two_process
     folder, model, outcomes = two_processes
     expected = (2, 2, model[0].weight.sum().item())
     assert [outcome["unsharded"] for outcome in outcomes] == [expected, expected]
-    assert (folder / "single" / "last_checkpoint.rank_0").read_text() == "model_final.rank_0.pth"
+    assert (folder / "single" / "last_checkpoint.rank_0").read_text() == "model_final"
 
 
 def test_the_scaler_agrees_over_processes(two_processes):

@@ -33,12 +33,13 @@ class Recorded(Dataset):
 
 
 def train(record_folder: str, *options: str) -> None:
-    """Train as the command line does, and continue what the output directory holds."""
+    """Train as the command line does, and continue what the output directory holds with any config."""
     cfg = setup(get_args_parser().parse_args(options), write=False)
     settle_config(cfg)
     model = SSLMetaArch(cfg)
     model.prepare_for_distributed_training()
-    do_train(cfg, model, resume=True, dataset=Recorded(build_dataset(cfg), Path(record_folder)))
+    dataset = Recorded(build_dataset(cfg), Path(record_folder))
+    do_train(cfg, model, resume=True, dataset=dataset, resume_anyway=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """Real runs that are resumed on other numbers of processes draw every tile of a pass once."""
 
+import shutil
+
 import pytest
 import torch
 
+from dinov2.fsdp.consolidate import one_file_state
+from tests.checkpoints import read_state
 from tests.distributed.launch import run_script
 from tests.train.order_worker import train
 
@@ -32,7 +36,7 @@ class Run:
         return [list(map(int, file.read_text().split())) for file in files]
 
     def stored(self):
-        return torch.load(self.output / "model_final.rank_0.pth", weights_only=True)["data_order"]
+        return read_state(self.output / "model_final")["data_order"]
 
 
 @pytest.fixture
@@ -70,10 +74,11 @@ def test_another_batch_size_continues_the_same_stream(run, tiny, tmp_path):
 def test_a_checkpoint_without_the_entry_counts_its_iterations(run, tiny, tmp_path):
     """As older versions and upstream write them."""
     (first,) = run.go_on(1, 3)
-    path = run.output / "model_final.rank_0.pth"
-    state = torch.load(path, weights_only=True)
+    folder = run.output / "model_final"
+    state = one_file_state(folder)
+    shutil.rmtree(folder)
     del state["data_order"]
-    torch.save(state, path)
+    torch.save(state, run.output / "model_final.rank_0.pth")
     (second,) = run.go_on(1, 5)
     assert first + second == Run(tiny, tmp_path / "whole").go_on(1, 5)[0]
     assert run.stored()["segments"] == [[1, 20]]

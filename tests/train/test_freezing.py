@@ -13,8 +13,8 @@ from dinov2.train.freezing import BackboneStart, freeze_first_blocks
 from dinov2.train.optimizer import apply_optim_scheduler, build_optimizer
 from dinov2.train.schedules import build_schedulers
 from dinov2.train.train import train_step
+from tests.checkpoints import read_state
 from tests.train.test_ssl_meta_arch import VALUES, make_batch
-from tests.train.test_training_run import load
 
 WHOLE_RUN = ("optim.epochs=3", "checkpointing.period=1", "checkpointing.max_to_keep=9", "optim.base_lr=0.1")
 FROZEN = 4
@@ -49,7 +49,7 @@ def frozen_run(tmp_path_factory, tile_folder):
 
 def state_after(run, iteration):
     name = "model_final" if iteration == 8 else f"model_{iteration:07d}"
-    return load(run / f"{name}.rank_0.pth")
+    return read_state(run / name)
 
 
 def test_the_backbone_stands_still_and_the_heads_learn(frozen_run):
@@ -105,20 +105,19 @@ def test_the_gradient_scaler_and_clipping_accept_a_frozen_backbone(tiny):
 
 def test_adamw_keeps_no_state_for_what_is_frozen(frozen_run):
     frozen, free = state_after(frozen_run, FROZEN - 1)["optimizer"], state_after(frozen_run, 8)["optimizer"]
-    in_backbone = [
-        index for group in free["param_groups"] if group["is_backbone"] for index in group["params"]
-    ]
+    in_backbone = [name for group in free["param_groups"] if group["is_backbone"] for name in group["params"]]
     assert in_backbone and not set(in_backbone) & frozen["state"].keys()
     assert set(in_backbone) <= free["state"].keys()
     # The bias correction of Adam's moments counts from the release.
-    assert {free["state"][index]["step"].item() for index in in_backbone} == {9 - FROZEN}
+    assert {free["state"][name]["step"].item() for name in in_backbone} == {9 - FROZEN}
 
 
 @pytest.mark.parametrize("done", [2, FROZEN, FROZEN + 2], ids=["before", "at", "after"])
 def test_a_resume_around_the_release_equals_an_uninterrupted_run(tiny, tmp_path, frozen_run, done):
     resumed = tmp_path / "resumed"
     resumed.mkdir()
-    shutil.copy(frozen_run / f"model_{done - 1:07d}.rank_0.pth", resumed)
+    name = f"model_{done - 1:07d}"
+    shutil.copytree(frozen_run / name, resumed / name)
     tiny.start(resumed, *WHOLE_RUN, f"train.freeze_backbone_iterations={FROZEN}")
     expected, got = state_after(frozen_run, 8), state_after(resumed, 8)
     assert not differing(expected["model"], got["model"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dinov2.errors import ConfigError, WeightsError
+from dinov2.fsdp.consolidate import consolidate
 from dinov2.models import integrity, weight_files
 from dinov2.models.integrity import sha256_of
 from dinov2.train import SSLMetaArch
@@ -363,7 +364,7 @@ def test_no_centres_are_restored_where_every_head_starts_afresh(tiny, exported, 
 
 
 def test_the_report_tells_of_no_weights_that_others_have_replaced(tiny, first_run, exported, tmp_path):
-    (checkpoint,) = first_run.glob("model_final*")
+    (checkpoint,) = first_run.glob("model_final")
     tiny.start(
         tmp_path / "run", *SEPARATE, f"head.head_path={exported}", f"MODEL.WEIGHTS={checkpoint}",
         "optim.max_iterations=3",
@@ -373,7 +374,8 @@ def test_the_report_tells_of_no_weights_that_others_have_replaced(tiny, first_ru
 
 
 def test_heads_of_a_run_state_are_found(tiny, first_run, tmp_path):
-    (state,) = first_run.glob("model_final.rank_0.pth")
+    state = tmp_path / "model_final.pth"
+    consolidate(first_run / "model_final", state)
     model = SSLMetaArch(tiny.resolve(*SEPARATE, f"head.head_path={state}"))
     assert {"student.ibot_head", "teacher.dino_head"} <= model.initial_weights.parts.keys()
     with pytest.raises(WeightsError, match="export is meant, such as .*training_5"):

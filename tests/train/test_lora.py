@@ -10,6 +10,7 @@ from dinov2.errors import ConfigError
 from dinov2.models.pretrained import load_backbone
 from dinov2.train import SSLMetaArch
 from dinov2.train.lora import add_adapters, has_adapters, plain_state_dict
+from tests.checkpoints import read_state
 from tests.train.test_training_run import load, metrics
 
 pytest.importorskip("peft")
@@ -106,7 +107,7 @@ def test_exports_are_plain_and_the_run_state_keeps_the_factors(tiny, tmp_path):
     tiny.start(tmp_path / "plain", "optim.max_iterations=3")
     names = load(tmp_path / "plain/eval/training_2/student_checkpoint.pth")["student"].keys()
     exports = tmp_path / "lora/eval/training_5"
-    state = load(tmp_path / "lora/model_final.rank_0.pth")["model"]
+    state = read_state(tmp_path / "lora/model_final")["model"]
     assert any(".lora_B." in name for name in state)
     assert not any("lora" in name for name in state if name.startswith("teacher."))
     live = prepared(tiny.resolve(*LORA)).student["backbone"]
@@ -132,9 +133,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, overrides):
     settings = (*LORA, *overrides, "checkpointing.period=3")
     tiny.start(tmp_path / "whole", *settings)
     (tmp_path / "resumed").mkdir()
-    shutil.copy(tmp_path / "whole/model_0000002.rank_0.pth", tmp_path / "resumed")
+    shutil.copytree(tmp_path / "whole/model_0000002", tmp_path / "resumed/model_0000002")
     tiny.start(tmp_path / "resumed", *settings)
-    expected, got = (load(tmp_path / run / "model_final.rank_0.pth")["model"] for run in ("whole", "resumed"))
+    expected, got = (read_state(tmp_path / run / "model_final")["model"] for run in ("whole", "resumed"))
     assert expected.keys() == got.keys()
     assert all(torch.equal(tensor, got[name]) for name, tensor in expected.items())
     assert [row["total_loss"] for row in metrics(tmp_path / "whole")[3:]] == [

@@ -10,6 +10,7 @@ from dinov2 import cli
 from dinov2.errors import ConfigError, DatasetError, OutputError, WeightsError
 from dinov2.train import SSLMetaArch
 from dinov2.train.train import NonFiniteLossError
+from tests.checkpoints import read_state
 from tests.train.conftest import written_config
 
 
@@ -43,10 +44,10 @@ def test_a_run_leaves_the_forks_files(tiny, tmp_path, separate_head):
             for key, tensor in alone[name].items():
                 assert torch.equal(tensor, content[network][f"{head}.{key}"])
 
-    state = load(out / "model_final.rank_0.pth")
+    state = read_state(out / "model_final")
     assert state["iteration"] == 5
     assert {"dino_loss.center", "ibot_patch_loss.center"} <= state["model"].keys()
-    assert (out / "last_checkpoint.rank_0").read_text() == "model_final.rank_0.pth"
+    assert (out / "last_checkpoint.rank_0").read_text() == "model_final"
     rows = metrics(out)
     assert [row["iteration"] for row in rows] == list(range(6))
     named = {"dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss", "total_loss", "lr"}
@@ -70,11 +71,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, centering):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     tiny.start(whole, *overrides)
     resumed.mkdir()
-    shutil.copy(whole / "model_0000002.rank_0.pth", resumed)
+    shutil.copytree(whole / "model_0000002", resumed / "model_0000002")
     tiny.start(resumed, *overrides)
 
-    expected = load(whole / "model_final.rank_0.pth")["model"]
-    got = load(resumed / "model_final.rank_0.pth")["model"]
+    expected = read_state(whole / "model_final")["model"]
+    got = read_state(resumed / "model_final")["model"]
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, got[name]), name
@@ -88,7 +89,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, centering):
 def test_the_number_of_loader_workers_changes_nothing(tiny, tmp_path):
     for workers in (0, 2):
         tiny.start(tmp_path / str(workers), f"train.num_workers={workers}", "optim.max_iterations=3")
-    first, second = (load(tmp_path / run / "model_final.rank_0.pth")["model"] for run in ("0", "2"))
+    first, second = (read_state(tmp_path / run / "model_final")["model"] for run in ("0", "2"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -102,9 +103,9 @@ def test_seeds_differ_and_repeat(tiny, tmp_path):
 
 def test_restarting_a_finished_run_takes_no_step(tiny, tmp_path):
     tiny.start(tmp_path, "optim.max_iterations=3")
-    before = (tmp_path / "model_final.rank_0.pth").read_bytes()
+    before = (tmp_path / "model_final" / "manifest.json").read_bytes()
     tiny.start(tmp_path, "optim.max_iterations=3")
-    assert (tmp_path / "model_final.rank_0.pth").read_bytes() == before
+    assert (tmp_path / "model_final" / "manifest.json").read_bytes() == before
     assert len(metrics(tmp_path)) == 3
 
 
@@ -123,14 +124,14 @@ def test_eval_only_without_a_checkpoint_is_refused(tiny, tmp_path):
 
 def test_model_weights_start_a_new_run_at_iteration_0(tiny, tmp_path):
     tiny.start(tmp_path / "first", "optim.max_iterations=3")
-    weights = tmp_path / "first" / "model_final.rank_0.pth"
+    weights = tmp_path / "first" / "model_final"
     still = (
         *("optim.max_iterations=1", "optim.warmup_epochs=0", "optim.freeze_last_layer_epochs=0"),
         *("optim.base_lr=1e-12", f"MODEL.WEIGHTS={weights}"),
     )
     tiny.start(tmp_path / "second", *still)
     assert [row["iteration"] for row in metrics(tmp_path / "second")] == [0]
-    first, second = load(weights), load(tmp_path / "second" / "model_final.rank_0.pth")
+    first, second = read_state(weights), read_state(tmp_path / "second" / "model_final")
     assert (first["iteration"], second["iteration"]) == (2, 0)
     for name, tensor in first["model"].items():
         if name.startswith("student."):

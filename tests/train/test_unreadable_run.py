@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dinov2.errors import UnreadableImagesError
+from tests.checkpoints import read_state
 from tests.conftest import REPO
 from tests.train.conftest import TinyRun
 
@@ -45,7 +46,7 @@ def rows(folder):
 
 
 def weights(folder, name="model_final"):
-    return torch.load(folder / f"{name}.rank_0.pth", weights_only=True)["model"]
+    return read_state(folder / name)["model"]
 
 
 def test_a_run_goes_on_without_them_and_tells(damaged, tmp_path):
@@ -72,7 +73,7 @@ def test_a_run_goes_on_without_them_and_tells(damaged, tmp_path):
 
     resumed = tmp_path / "resumed"
     resumed.mkdir()
-    shutil.copy(tmp_path / "0" / "model_0000002.rank_0.pth", resumed)
+    shutil.copytree(tmp_path / "0" / "model_0000002", resumed / "model_0000002")
     damaged.start(resumed, *tolerant)
     assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in expected.items())
     assert listed(resumed) == [row for row in alone if int(row["iteration"]) >= 3]
@@ -122,7 +123,7 @@ def test_two_processes_stop_together_and_leave_the_last_checkpoint(damaged, tmp_
     stopped_at = int(found[-1]["iteration"])
     assert draws == 2 * 4 * (stopped_at + 1) + failures
     assert len([row for row in found if int(row["iteration"]) < stopped_at]) <= 10
-    assert (out / "last_checkpoint.rank_0").read_text() == f"model_{stopped_at - 1:07d}.rank_0.pth"
+    assert (out / "last_checkpoint.rank_0").read_text() == f"model_{stopped_at - 1:07d}"
     assert weights(out, f"model_{stopped_at - 1:07d}")
 
 
