@@ -84,8 +84,10 @@ def restore(
     )
     data_order = loaded.get("data_order") if continues else None
     iterations_done = loaded.get("iteration", -1) + 1
-    if continues and is_training and distributed.is_main_process():
-        drop_rows_from(Path(cfg.train.output_dir, METRICS_FILE), iterations_done)
+    if resume and is_training and distributed.is_main_process():
+        # A run that was killed before its first checkpoint begins again, but has written rows.
+        start = iterations_done if continues else cfg.optim.start_iter
+        drop_rows_from(Path(cfg.train.output_dir, METRICS_FILE), start)
     return Restored(checkpointer, continues, iterations_done, data_order)
 
 

@@ -546,7 +546,7 @@ def test_resuming_where_the_schedules_began_says_so(tiny, tmp_path):
     out = tmp_path / "run"
     tiny.start(out, "optim.max_iterations=3")
     export = f"head.head_path={out / 'eval' / 'training_2'}"
-    tiny.start(out, export, "optim.start_iter=3")
+    tiny.start(out, export, "optim.start_iter=3", options=("--resume-anyway",))
     lines = json.loads((out / "self_check.json").read_text())["lines"]
     assert [line["text"] for line in lines if line["name"] == "weights"] == [
         "those of a checkpoint of this run, at iteration 3"
