@@ -79,6 +79,7 @@ def test_training_goes_on_while_the_state_of_the_moment_is_written(tmp_path, mon
     assert all(torch.equal(stored[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_a_second_save_waits_for_the_first_and_the_end_of_the_program_for_the_last(tmp_path):
     code = (
         "import sys; from tests.fsdp.test_saving import saver_of\n"

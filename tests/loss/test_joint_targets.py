@@ -83,6 +83,7 @@ def targets_of_process(count):
     return found, dino.center.numpy(), ibot.center.numpy()
 
 
+@pytest.mark.slow
 def test_chunks_of_two_processes_are_those_of_one():
     alone, *centers = targets_of_process(len(SIZES))
     (first, *centers_first), (second, *centers_second) = run_in_processes(targets_of_process, 2)

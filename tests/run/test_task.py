@@ -35,6 +35,7 @@ def wait_for_state(job, folder, number=1):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_run_that_saved_is_queued_again_and_goes_on(tmp_path):
     # submitit takes a signal for a time-out, and counts it, where the limit is short.
     words = ("--cluster", "local", "--ngpus", "2", "--timeout", "5", "--max-timeouts", "1")

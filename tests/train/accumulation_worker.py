@@ -15,7 +15,7 @@ from dinov2 import distributed
 from dinov2.data.unreadable import Draw
 from dinov2.train import get_args_parser, main
 from dinov2.train import input as train_input
-from dinov2.train import train as trainer
+from dinov2.train import loop as trainer
 
 
 class Recorded(train_input.ReproducibleDraws):

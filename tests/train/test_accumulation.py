@@ -115,10 +115,11 @@ def test_one_process_with_two_batches_is_two_processes(tiny, tmp_path):
     two = Run(tiny, tmp_path / "two", *SINKHORN).train(2, 1)
     one = Run(tiny, tmp_path / "one", *SINKHORN).train(1, 2)
     assert_learned(two)
-    assert_same(two, one, 1e-6)
+    assert_same(two, one, 1e-5)
     assert one.metrics[0]["current_batch_size"] == 6.0 == 2 * two.metrics[0]["current_batch_size"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_processes_for_batches(tiny, tmp_path):
     """Broken off in one process after a checkpoint, continued in two."""
     whole = Run(tiny, tmp_path / "whole", *CENTERING).train(1, 2)
@@ -128,7 +129,7 @@ def test_a_run_goes_on_with_processes_for_batches(tiny, tmp_path):
     assert len(broken_off.losses) == BROKEN_OFF
     rest = run.train(2, 1)
     assert len(rest.losses) == STEPS - 5
-    assert_same(whole, rest, 1e-6)
+    assert_same(whole, rest, 1e-5)
 
 
 @pytest.mark.slow

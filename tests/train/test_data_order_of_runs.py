@@ -44,6 +44,7 @@ def run(tiny, tmp_path):
     return Run(tiny, tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_then_one_then_two(run):
     """Batches of 4, 3 and 4: 16 tiles, then 8 + 1, then 23 and one of the next pass."""
     drawn = run.go_on(2, 2, "optim.warmup_epochs=0", "optim.freeze_last_layer_epochs=0")

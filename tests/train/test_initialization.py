@@ -12,7 +12,7 @@ from dinov2.fsdp.consolidate import consolidate
 from dinov2.models import integrity, weight_files
 from dinov2.models.integrity import sha256_of
 from dinov2.train import SSLMetaArch
-from dinov2.train import train as trainer
+from dinov2.train import loop as trainer
 from dinov2.train.head_files import find_files
 from dinov2.train.initialization import load_initial_weights
 from tests.models.servers import Served, Server, running

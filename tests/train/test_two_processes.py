@@ -60,7 +60,7 @@ def compare(cfg, tmp_path):
     ("separate_head", "centering"),
     [
         pytest.param(False, "sinkhorn_knopp", id="shared-sinkhorn_knopp"),
-        pytest.param(True, "centering", id="separate-centering"),
+        pytest.param(True, "centering", id="separate-centering", marks=pytest.mark.slow),
         pytest.param(False, "centering", id="shared-centering", marks=pytest.mark.slow),
         pytest.param(True, "sinkhorn_knopp", id="separate-sinkhorn_knopp", marks=pytest.mark.slow),
     ],
@@ -74,7 +74,8 @@ def test_two_processes_equal_one(separate_head, centering, tmp_path):
     assert abs(moved[0] - moved[1]) > 1e-2, "nothing was learned, so nothing was compared"
 
 
-@pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=pytest.mark.slow)], ids=["whole", "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [0, 4], ids=["whole", "lora"])
 def test_two_processes_equal_one_when_the_backbone_joins_later(lora_rank, tmp_path):
     cfg = OmegaConf.merge(dinov2_default_config, five_steps())
     cfg.train.freeze_backbone_iterations = 2
