@@ -6,11 +6,11 @@ Rules where implementations differ:
 
 - Recall counts classes that occur among the labels, and so does balanced accuracy, their mean. F1 counts
   classes that occur among labels or predictions; macro F1 is their mean, weighted F1 goes by the labels.
-- The area under the ROC curve (AUROC) sets each class against all others, equal scores counting half; the mean
-  leaves out classes that all samples or none belong to. With two classes it is that of class 1.
+- The area under the ROC curve (AUROC) sets each class against all others, equal scores counting half; the
+  mean leaves out classes that all samples or none belong to. With two classes it is that of class 1.
 - The distance of two classes in quadratic kappa is that of their numbers.
-- A bootstrap draw takes S of the S samples with replacement, whatever their class; each score of a draw follows
-  the rules above. Draws in which a score is not defined are left out of its interval.
+- A bootstrap draw takes S of the S samples with replacement, whatever their class; each score of a draw
+  follows the rules above. Draws in which a score is not defined are left out of its interval.
 """
 
 import logging
@@ -44,8 +44,8 @@ class Predictions:
 
     Args:
         labels: Class numbers (S,).
-        scores: Class scores (S, C), of which the largest, the first of equals, is the prediction. AUROC compares
-            them between samples, so they should be probabilities or other values of a common scale.
+        scores: Class scores (S, C), of which the largest, the first of equals, is the prediction. AUROC
+            compares them between samples, so they should be probabilities or have another common scale.
 
     Raises:
         DatasetError: There are no samples, a label is not one of the classes, or a score is not finite.
@@ -92,8 +92,8 @@ def confusion_matrix(predictions: Predictions) -> Tensor:
 def per_class_scores(predictions: Predictions) -> dict[str, list[float]]:
     """Return ``support`` (samples), ``recall``, ``precision``, ``f1`` and ``auroc`` of every class.
 
-    A class without samples has no recall and no AUROC, one that is never predicted either has no F1 (NaN). The
-    precision of a class that has samples and is never predicted is 0.
+    A class without samples has no recall and no AUROC, one that is never predicted either has no F1 (NaN).
+    The precision of a class that has samples and is never predicted is 0.
     """
     counts = _count(predictions, torch.ones(len(predictions.labels), 1))
     support, predicted, hits = (part[:, 0] for part in counts)
@@ -120,8 +120,8 @@ def score(predictions: Predictions) -> dict[str, float]:
 def bootstrap(predictions: Predictions, draws: int = DRAWS, seed: int = 0) -> dict[str, Tensor]:
     """Return the :data:`SCORES` of ``draws`` resampled sets of samples, float64 (B,) each.
 
-    The same seed and number of samples give the same draws, so the scores of two models on the same samples are
-    paired. AUROC is NaN where it would take too long (:data:`MOST_AUROC_ADDITIONS`).
+    The same seed and number of samples give the same draws, so the scores of two models on the same samples
+    are paired. AUROC is NaN where it would take too long (:data:`MOST_AUROC_ADDITIONS`).
     """
     count = len(predictions.labels)
     with_auroc = count * predictions.num_classes * draws <= MOST_AUROC_ADDITIONS
@@ -156,8 +156,8 @@ def paired_bootstrap(
     """
     if not torch.equal(first.labels, second.labels):
         raise DatasetError(
-            f"the predictions are not of the same samples ({len(first.labels)} and {len(second.labels)}, with "
-            "other labels): compare two models on one dataset, in its order"
+            f"the predictions are not of the same samples ({len(first.labels)} and {len(second.labels)}, "
+            "with other labels): compare two models on one dataset, in its order"
         )
     own, other = score(first), score(second)
     drawn, drawn_other = bootstrap(first, draws, seed), bootstrap(second, draws, seed)

@@ -85,7 +85,10 @@ def test_summary_and_per_class_recalls(evaluate, tmp_path):
     assert len(result["top-1"]) == 3
     summary = json.loads((tmp_path / "results_eval_log_regression_summary.json").read_text())
     assert summary["evaluation"] == "log_regression"
-    assert summary["results"] == [result]
+    (row,) = summary["results"]
+    assert row["accuracies_percent"] == {"top-1": result["top-1"]}
+    assert row["setting"] == {"C": result["best_C"]}
+    assert 100 * row["scores"]["balanced_accuracy"] == pytest.approx(sum(result["top-1"]) / 3)
 
 
 def test_contradictions_and_too_few_samples(evaluate, tiny_case, tiny_backbone, tmp_path):
