@@ -8,6 +8,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dinov2 import cli
 from dinov2.data import DatasetWithEnumeratedTargets, make_dataset
 from dinov2.data.loader_errors import WatchedLoader
 from dinov2.data.transforms import make_classification_eval_transform
-from dinov2.data.workers import seed_worker
+from dinov2.data.workers import seed_worker, worker_generator
 from dinov2.errors import ConfigError, DatasetError, WeightsError
 from dinov2.eval.data import collate_padded
 from dinov2.eval.feature_store import (
@@ -31,8 +32,10 @@ from dinov2.eval.feature_store import (
     PATCH_MEAN,
     FeatureSource,
     FeatureStore,
+    StoredDataset,
     StoreWriter,
     block_name,
+    stored_dataset,
     transform_text,
 )
 from dinov2.eval.identity import identity_of
@@ -198,6 +201,8 @@ def _make_loader(dataset: Dataset, chunks: Sequence[range], batch_size: int, num
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate_padded,
         worker_init_fn=seed_worker,
+        # Its own, so that what is drawn afterwards does not depend on whether features had to be extracted.
+        generator=worker_generator(0),
     )
 
 
@@ -220,6 +225,50 @@ def source_of(
     return FeatureSource(
         identity_of(model), dataset_str, transform_text(transform), str(autocast_dtype).removeprefix("torch.")
     )
+
+
+@dataclass(frozen=True)
+class StoredFeaturesOf:
+    """Puts the stored features of datasets in the place of their images, for the linear evaluation.
+
+    Args:
+        model: A backbone.
+        transform: Of the images.
+        autocast_dtype: Number format of the backbone.
+        features: Folder of feature stores to read; None extracts into ``output_dir``, unless a store of the
+            same features is there already.
+        output_dir: Of the evaluation.
+        batch_size, num_workers: Of the extraction.
+        n_last_blocks: How many blocks give their cls token.
+    """
+
+    model: nn.Module
+    transform: Callable
+    autocast_dtype: torch.dtype
+    features: str | None
+    output_dir: str
+    batch_size: int
+    num_workers: int
+    n_last_blocks: int = 4
+
+    def __call__(self, dataset_str: str, images: Dataset) -> StoredDataset:
+        """Return samples of the cls tokens of the blocks and the mean patch token, side by side."""
+        source = source_of(self.model, dataset_str, self.transform, self.autocast_dtype)
+        names = [*stored_blocks(self.model, self.n_last_blocks), PATCH_MEAN]
+        if self.features is not None:
+            return stored_dataset(self.features, source, names, images)
+        folder = Path(self.output_dir) / "features" / source.digest
+        extract_to_store(
+            folder,
+            self.model,
+            images,
+            source,
+            n_last_blocks=self.n_last_blocks,
+            autocast_dtype=self.autocast_dtype,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+        )
+        return stored_dataset(folder, source, names, images)
 
 
 def get_args_parser(

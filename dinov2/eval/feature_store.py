@@ -7,6 +7,7 @@ chunks of rows lie in ``chunks``; a run that is stopped and started again goes o
 Letters: n samples, D width.
 """
 
+import hashlib
 import json
 import logging
 import shutil
@@ -66,6 +67,12 @@ class FeatureSource:
     dataset: str
     transform: str
     autocast: str
+
+    @property
+    def digest(self) -> str:
+        """What names a folder for these features among those of other sources."""
+        text = json.dumps([getattr(self, name) for name in DECISIVE], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:CHECKSUM_DIGITS]
 
     def agreement(self, description: Mapping[str, Any]) -> int:
         """Return how many of the decisive entries a store's description shares."""
