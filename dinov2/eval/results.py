@@ -32,6 +32,8 @@ logger = logging.getLogger("dinov2")
 
 SCHEMA_VERSION = 1
 SEED = 0
+# With more tries, their standard deviation says how much a result can be trusted.
+MOST_TRIES = 10
 
 
 class ResultTable:
@@ -132,7 +134,7 @@ def _scored(tries: Sequence[Predictions], draws: int) -> dict[str, Any]:
     if len(tries) > 1:
         row["tries"] = len(tries)
         row["standard_deviations"] = {name: values.std().item() for name, values in stacked.items()}
-    if draws:
+    if draws and len(tries) <= MOST_TRIES:
         drawn = [bootstrap(predictions, draws, SEED) for predictions in tries]
         row["intervals"] = {
             name: interval(torch.stack([values[name] for values in drawn]).mean(dim=0)) for name in SCORES
