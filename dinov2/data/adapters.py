@@ -17,6 +17,11 @@ class DatasetWithEnumeratedTargets(Dataset):
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
 
+    @property
+    def unnumbered(self) -> Dataset:
+        """The dataset itself."""
+        return self._dataset
+
     def __len__(self) -> int:
         return len(self._dataset)
 

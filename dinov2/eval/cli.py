@@ -5,7 +5,9 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dinov2.errors import ConfigError
 from dinov2.eval.metrics import MetricType
+from dinov2.eval.scores import DRAWS
 from dinov2.eval.setup import get_args_parser as get_setup_args_parser
 
 
@@ -46,6 +48,54 @@ def add_metric_option(
     parser.add_argument(
         flag, type=MetricType, default=default, nargs=nargs, metavar="METRIC", help=f"{help}: {names}"
     )
+
+
+class NotedAction(argparse.Action):
+    """Stores a value and notes in ``given`` that the command line had it, whatever it is."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+        """Store the value, as argparse asks."""
+        setattr(namespace, self.dest, values)
+        namespace.given = [*namespace.given, self.dest]
+
+
+def add_result_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the transform and of the summary, which all evaluations share."""
+    parser.add_argument(
+        "--resize-size",
+        type=int,
+        help="Shorter side of the images in pixels before the central 224 are taken: 256 as DINOv2's k-NN "
+        "and linear evaluation, 224 for tiles of that size (default: the evaluation's)",
+    )
+    parser.add_argument(
+        "--features",
+        metavar="FOLDER",
+        help="Folder with a feature store of each dataset, made by python -m dinov2.eval.extract (default: "
+        "none, read the images)",
+    )
+    parser.add_argument(
+        "--bootstrap-draws",
+        type=int,
+        default=DRAWS,
+        help="Draws behind the 95 %% intervals of the summary, 0 for none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--predictions",
+        dest="save_predictions",
+        action="store_true",
+        help="Write the class scores of every image as CSV files",
+    )
+    parser.set_defaults(given=[])
+
+
+def check_draws(draws: int) -> None:
+    """Stop at an unusable number of bootstrap draws.
+
+    Raises:
+        ConfigError: It is negative.
+    """
+    if draws < 0:
+        raise ConfigError(f"the number of bootstrap draws is {draws}: give 0 for no intervals, or about 1000")
 
 
 def options_for(function: Callable, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Labelled datasets for evaluation and the loader that goes through them once."""
 
+import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from dinov2 import distributed
 from dinov2.data import DatasetWithEnumeratedTargets, SamplerType, make_data_loader, make_dataset
 from dinov2.errors import DatasetError, some_of
 from dinov2.eval.metrics import NO_LABEL
+
+logger = logging.getLogger("dinov2")
 
 CLASSES_SHOWN = 10
 
@@ -56,6 +61,31 @@ def check_same_classes(train_dataset: Dataset, other_dataset: Dataset) -> None:
             f"the classes of the datasets differ, {some_of(ours, CLASSES_SHOWN)} versus "
             f"{some_of(theirs, CLASSES_SHOWN)}: give both the same class folders, "
             "an empty one where a class has no image"
+        )
+
+
+def sample_names(dataset: Dataset) -> list[str]:
+    """Return what tells each sample of a dataset from others: its path, else its number."""
+    path_of = getattr(dataset, "get_image_path", str)
+    return [path_of(index) or str(index) for index in range(len(dataset))]
+
+
+def warn_of_shared_images(train_dataset: Dataset, other_dataset: Dataset, what: str) -> None:
+    """Warn if images are in the training set and in one that is to judge it; only the main process looks.
+
+    Args:
+        what: The use of ``other_dataset``, such as ``validation``.
+    """
+    if not distributed.is_main_process() or not hasattr(train_dataset, "get_image_path"):
+        return
+    known = {Path(name).absolute() for name in sample_names(train_dataset)}
+    shared = [name for name in sample_names(other_dataset) if Path(name).absolute() in known]
+    if shared:
+        logger.warning(
+            "LEAK: %s of the %d %s images %s in the training set, too (such as %s): scores on them say "
+            "nothing of new images, so evaluate on a dataset of other images",
+            "all" if len(shared) == len(other_dataset) else len(shared),
+            *(len(other_dataset), what, "is" if len(shared) == 1 else "are", shared[0]),
         )
 
 

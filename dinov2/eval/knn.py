@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,23 @@ from torch.utils.data import Dataset
 from dinov2 import cli
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.errors import ConfigError
-from dinov2.eval.cli import add_metric_option, make_parser, options_for
-from dinov2.eval.data import check_same_classes, make_evaluation_loader, make_labelled_dataset
+from dinov2.eval.cli import (
+    NotedAction,
+    add_metric_option,
+    add_result_options,
+    check_draws,
+    make_parser,
+    options_for,
+)
+from dinov2.eval.data import (
+    check_same_classes,
+    make_evaluation_loader,
+    make_labelled_dataset,
+    warn_of_shared_images,
+)
+from dinov2.eval.extract import source_of
+from dinov2.eval.feature_store import CLS, StoredFeatures, stored_dataset, transform_text
+from dinov2.eval.identity import identity_of
 from dinov2.eval.knn_modules import (
     DictKeysModule,
     KnnModule,
@@ -30,9 +45,12 @@ from dinov2.eval.knn_modules import (
     create_module_dict,
     filter_train,
 )
+from dinov2.eval.knn_protocols import METRICS, PROTOCOLS, VOTES, KnnProtocol, knn_protocol
 from dinov2.eval.metrics import AccuracyAveraging, MetricType, build_topk_accuracy_metric
 from dinov2.eval.neighbors import count_classes, knn_predict
-from dinov2.eval.results import append_lines, percent, to_json, write_summary
+from dinov2.eval.predictions import PredictionCollector
+from dinov2.eval.results import ResultTable, append_lines, percent, to_json
+from dinov2.eval.scores import DRAWS, Predictions, score
 from dinov2.eval.setup import setup_and_build_model
 from dinov2.eval.utils import (
     ModelWithAutocast,
@@ -61,6 +79,102 @@ logger = logging.getLogger("dinov2")
 FULL_DATA = -1
 
 
+# Name of the training samples ("full" or "<n> per class") and number of neighbours, or "class means".
+Setting = tuple[str, "int | str"]
+
+
+class KnnScorer(NamedTuple):
+    """A model with the training samples of a k-NN evaluation, ready to score datasets.
+
+    Args:
+        model: Maps images to features (B, D).
+        modules: The k-NN modules, by name of the training samples and try.
+        num_classes: C.
+        averaging: Of the accuracies.
+        batch_size, num_workers: Of the loaders.
+    """
+
+    model: nn.Module
+    modules: ModuleDictWithForward
+    num_classes: int
+    averaging: AccuracyAveraging
+    batch_size: int
+    num_workers: int
+
+    @property
+    def settings(self) -> list[Setting]:
+        """What one dataset is scored with, each over one or more tries."""
+        first_tries = {name: next(iter(tries.values())) for name, tries in self.modules.items()}
+        return [(name, key) for name, module in first_tries.items() for key in module.keys]
+
+    def __call__(self, dataset: Dataset, settings: Sequence[Setting] | None = None) -> "KnnOutcome":
+        """Score a dataset; all processes call this together.
+
+        Args:
+            settings: Those of interest; None is all.
+        """
+        settings = self.settings if settings is None else list(settings)
+        keys = [(name, attempt, key) for name, key in settings for attempt in self.modules[name]]
+        collectors = {key: PredictionCollector(logits=False) for key in keys}
+        _, accuracies = evaluate(
+            nn.Sequential(self.model, self.modules),
+            make_evaluation_loader(dataset, self.batch_size, self.num_workers),
+            {key: DictKeysModule(key) for key in keys},
+            {key: build_topk_accuracy_metric(self.averaging, self.num_classes) for key in keys},
+            device_of(self.model),
+            collectors=collectors,
+        )
+        predictions = defaultdict(list)
+        for (name, _, key), collector in collectors.items():
+            predictions[name, key].append(collector.gather())
+        return KnnOutcome(_average_tries(accuracies), dict(predictions))
+
+
+class KnnOutcome(NamedTuple):
+    """Accuracies (``0..1``) and the predictions of every try, by setting."""
+
+    accuracies: dict[Setting, dict[str, Tensor]]
+    predictions: dict[Setting, list[Predictions]]
+
+
+def make_knn_scorer(
+    model: nn.Module,
+    train_dataset: Dataset,
+    accuracy_averaging: AccuracyAveraging,
+    nb_knn: Sequence[int],
+    temperature: float,
+    batch_size: int,
+    num_workers: int,
+    gather_on_cpu: bool,
+    n_per_class_list: Sequence[int] = (FULL_DATA,),
+    n_tries: int = 1,
+    *,
+    protocol: KnnProtocol = PROTOCOLS["dinov2"],
+) -> KnnScorer:
+    """Extract the training features and return what scores datasets by them.
+
+    See :func:`eval_knn_with_model` for the arguments.
+    """
+    if protocol.metric == "cosine" and not protocol.center:
+        model = ModelWithNormalize(model)
+    train_features, train_labels = extract_features(
+        model, train_dataset, batch_size, num_workers, gather_on_cpu
+    )
+    num_classes = count_classes(train_labels)
+    module = partial(
+        KnnModule, T=temperature, device=device_of(model), num_classes=num_classes, protocol=protocol
+    )
+    modules = create_module_dict(
+        module=module,
+        train_features=train_features,
+        train_labels=train_labels,
+        nb_knn=nb_knn,
+        n_per_class_list=n_per_class_list,
+        n_tries=n_tries,
+    )
+    return KnnScorer(model, modules, num_classes, accuracy_averaging, batch_size, num_workers)
+
+
 def eval_knn(
     model: nn.Module,
     train_dataset: Dataset,
@@ -73,44 +187,29 @@ def eval_knn(
     gather_on_cpu: bool,
     n_per_class_list: Sequence[int] = (FULL_DATA,),
     n_tries: int = 1,
-) -> dict[tuple[str, int], dict[str, Tensor]]:
+) -> dict[Setting, dict[str, Tensor]]:
     """Return the accuracies (``0..1``) by name of the training samples and number of neighbours.
 
     See :func:`eval_knn_with_model` for the arguments.
     """
-    model = ModelWithNormalize(model)
-    train_features, train_labels = extract_features(
-        model, train_dataset, batch_size, num_workers, gather_on_cpu
+    scorer = make_knn_scorer(
+        model,
+        train_dataset,
+        accuracy_averaging,
+        nb_knn,
+        temperature,
+        batch_size,
+        num_workers,
+        gather_on_cpu,
+        n_per_class_list,
+        n_tries,
     )
-    num_classes = count_classes(train_labels)
-    device = device_of(model)
-    modules = create_module_dict(
-        module=partial(KnnModule, T=temperature, device=device, num_classes=num_classes),
-        train_features=train_features,
-        train_labels=train_labels,
-        nb_knn=nb_knn,
-        n_per_class_list=n_per_class_list,
-        n_tries=n_tries,
-    )
-    keys = [
-        (name, attempt, k)
-        for name, tries in modules.items()
-        for attempt, module in tries.items()
-        for k in module.nb_knn
-    ]
-    _, scores = evaluate(
-        nn.Sequential(model, modules),
-        make_evaluation_loader(val_dataset, batch_size, num_workers),
-        {key: DictKeysModule(key) for key in keys},
-        {key: build_topk_accuracy_metric(accuracy_averaging, num_classes) for key in keys},
-        device,
-    )
-    return _average_tries(scores)
+    return scorer(val_dataset).accuracies
 
 
 def _average_tries(
     scores: dict[tuple[str, str, int], dict[str, Tensor]],
-) -> dict[tuple[str, int], dict[str, Tensor]]:
+) -> dict[Setting, dict[str, Tensor]]:
     grouped = defaultdict(list)
     for (name, _, k), accuracies in scores.items():
         grouped[name, k].append(accuracies)
@@ -139,6 +238,11 @@ def eval_knn_with_model(
     pretrained_weights: str | None = None,
     normalisation: Mapping[str, Sequence[float]] | None = None,
     path_map: Mapping[str, str] | None = None,
+    protocol: KnnProtocol = PROTOCOLS["dinov2"],
+    test_dataset_str: str | None = None,
+    features: str | None = None,
+    bootstrap_draws: int = DRAWS,
+    save_predictions: bool = False,
 ) -> dict[str, float | list[float]]:
     """Evaluate a backbone by k-NN and write ``results_eval_knn.json`` and its summary.
 
@@ -149,7 +253,8 @@ def eval_knn_with_model(
         temperature: Of the softmax that weighs the neighbours.
         autocast_dtype: Number format of the backbone; the search is done in float32.
         accuracy_averaging: Over samples, over classes, or none.
-        transform: Of the images; None resizes the shorter side to 256 and crops the central 224 pixels.
+        transform: Of the images; None resizes the shorter side as the protocol says and crops the central
+            224 pixels.
         gather_on_cpu: Keep the training features in main memory while they are extracted.
         n_per_class_list: Training samples per class to try; -1 means all.
         n_tries: Random choices of the training samples to average over.
@@ -157,6 +262,12 @@ def eval_knn_with_model(
         normalisation: ``mean`` and ``std`` per channel that the model was trained with, for the default
             transform; None is ImageNet's.
         path_map: Where recorded folders lie here (``train.path_map``).
+        protocol: How features are compared and how neighbours vote; its ``nb_knn`` is not used here.
+        test_dataset_str: Scored once, with the setting of the highest macro F1 on the validation set, for
+            each choice of training samples.
+        features: Folder of feature stores of the datasets, to be used instead of the images.
+        bootstrap_draws: Draws behind the intervals in the summary; 0 leaves them out.
+        save_predictions: Write the predictions of every row of the summary as a CSV file.
 
     Returns:
         Percentages by names such as ``('full', 10) Top 1``.
@@ -166,14 +277,32 @@ def eval_knn_with_model(
         DatasetError: A dataset string is wrong, or labels are missing or do not belong together.
     """
     _check_options(nb_knn, temperature, n_per_class_list, n_tries)
-    transform = transform or make_classification_eval_transform(**(normalisation or {}))
-    train_dataset = make_labelled_dataset(train_dataset_str, transform, path_map)
-    val_dataset = make_labelled_dataset(val_dataset_str, transform, path_map)
-    check_same_classes(train_dataset, val_dataset)
-    scores = eval_knn(
-        model=ModelWithAutocast(model, autocast_dtype),
-        train_dataset=train_dataset,
-        val_dataset=val_dataset,
+    check_draws(bootstrap_draws)
+    transform = transform or make_classification_eval_transform(
+        resize_size=protocol.resize_size, **(normalisation or {})
+    )
+    strings = {"train": train_dataset_str, "val": val_dataset_str, "test": test_dataset_str}
+    datasets = {
+        role: make_labelled_dataset(dataset_str, transform, path_map)
+        for role, dataset_str in strings.items()
+        if dataset_str
+    }
+    for role, what in (("val", "validation"), ("test", "test")):
+        if role in datasets:
+            check_same_classes(datasets["train"], datasets[role])
+            warn_of_shared_images(datasets["train"], datasets[role], what)
+    extractor: nn.Module = ModelWithAutocast(model, autocast_dtype)
+    if features is not None:
+        datasets = {
+            role: stored_dataset(
+                features, source_of(model, strings[role], transform, autocast_dtype), [CLS], dataset
+            )
+            for role, dataset in datasets.items()
+        }
+        extractor, num_workers = StoredFeatures(device_of(model)), 0
+    scorer = make_knn_scorer(
+        model=extractor,
+        train_dataset=datasets["train"],
         batch_size=batch_size,
         num_workers=num_workers,
         gather_on_cpu=gather_on_cpu,
@@ -182,34 +311,80 @@ def eval_knn_with_model(
         n_tries=n_tries,
         temperature=temperature,
         accuracy_averaging=accuracy_averaging,
+        protocol=protocol,
     )
-    rows = [
-        {"train_samples": name, "k": k} | {top: percent(value) for top, value in accuracies.items()}
-        for (name, k), accuracies in scores.items()
-    ]
-    results = _legacy_results(rows)
+    table = ResultTable(
+        "knn",
+        output_dir,
+        classes=getattr(datasets["train"], "classes", None),
+        draws=bootstrap_draws,
+        save_predictions=save_predictions,
+    )
+    outcomes = {"val": scorer(datasets["val"])}
+    if "test" in datasets:
+        outcomes["test"] = scorer(datasets["test"], _best_settings(outcomes["val"]))
+    results: dict[str, Any] = {}
+    for role, outcome in outcomes.items():
+        rows = {
+            setting: {top: percent(value) for top, value in accuracies.items()}
+            for setting, accuracies in outcome.accuracies.items()
+        }
+        for (name, k), row in rows.items():
+            table.add(
+                {"train_samples": name, "k": k},
+                row,
+                outcome.predictions[name, k],
+                role=role,
+                dataset_str=strings[role],
+                dataset=datasets[role],
+            )
+        results |= _legacy_results(rows, "" if role == "val" else f"{role} ")
     append_lines(Path(output_dir) / "results_eval_knn.json", [to_json({k: v}) for k, v in results.items()])
-    summary = {
-        "pretrained_weights": pretrained_weights,
-        "train_dataset": train_dataset_str,
-        "val_dataset": val_dataset_str,
-        "metric": accuracy_averaging.name.lower(),
-        "temperature": temperature,
-        "n_tries": n_tries,
-        "results": rows,
-    }
-    write_summary(output_dir, "knn", summary)
+    table.write(
+        {
+            "pretrained_weights": pretrained_weights,
+            "model": identity_of(model),
+            "train_dataset": train_dataset_str,
+            "val_dataset": val_dataset_str,
+            "protocol": {
+                "vote": protocol.vote,
+                "metric": protocol.metric,
+                "center": protocol.center,
+                "temperature": temperature if protocol.vote == "softmax" else None,
+                "n_tries": n_tries,
+                "accuracy": accuracy_averaging.name.lower(),
+                "transform": transform_text(transform),
+                "autocast": str(autocast_dtype).removeprefix("torch."),
+            },
+            "train_samples": len(datasets["train"]),
+            "features": features,
+        }
+    )
     return results
 
 
-def _legacy_results(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _best_settings(outcome: KnnOutcome) -> list[Setting]:
+    """Return, per choice of training samples, the setting of the highest macro F1, the first of equals."""
+    values = {
+        setting: sum(score(predictions)["macro_f1"] for predictions in tries) / len(tries)
+        for setting, tries in outcome.predictions.items()
+    }
+    best: dict[str, Setting] = {}
+    for setting, value in values.items():
+        if setting[0] not in best or value > values[best[setting[0]]]:
+            best[setting[0]] = setting
+    logger.info("highest macro F1 on the validation set: %s", ", ".join(map(str, best.values())))
+    return list(best.values())
+
+
+def _legacy_results(rows: Mapping[Setting, Mapping[str, Any]], prefix: str) -> dict[str, float | list[float]]:
     """Return upstream's names of the results, such as ``('full', 10) Top 1``, with their percentages."""
     results = {}
-    for row in rows:
-        for top in (name for name in row if name.startswith("top-")):
-            name = f"{(row['train_samples'], row['k'])} {top.replace('top-', 'Top ')}"
-            results[name] = row[top]
-            logger.info("%s: %s", name, row[top])
+    for setting, accuracies in rows.items():
+        for top, value in accuracies.items():
+            name = f"{prefix}{setting} {top.replace('top-', 'Top ')}"
+            results[name] = value
+            logger.info("%s: %s", name, value)
     return results
 
 
@@ -235,7 +410,12 @@ def get_args_parser(
     """Return the parser of the k-NN evaluation."""
     parser = make_parser(description or "DINOv2 k-NN evaluation", parents, add_help)
     parser.add_argument(
-        "--nb_knn", nargs="+", type=int, default=[10, 20, 100, 200], help="Numbers of neighbours"
+        "--nb_knn",
+        nargs="+",
+        type=int,
+        default=[10, 20, 100, 200],
+        action=NotedAction,
+        help="Numbers of neighbours (default: the protocol's)",
     )
     parser.add_argument(
         "--temperature", type=float, default=0.07, help="Temperature of the neighbours' weights"
@@ -256,6 +436,29 @@ def get_args_parser(
         "--n-tries", type=int, default=1, help="Random choices of training samples to average"
     )
     add_metric_option(parser, "--metric-type", MetricType.MEAN_ACCURACY, "Accuracy to report")
+    parser.add_argument(
+        "--protocol",
+        default="dinov2",
+        help=f"Whose numbers to compare with: {', '.join(PROTOCOLS)} (default: %(default)s)",
+    )
+    parser.add_argument("--vote", choices=VOTES, help="How neighbours vote (default: the protocol's)")
+    parser.add_argument("--metric", choices=METRICS, help="What is near (default: the protocol's)")
+    parser.add_argument(
+        "--center",
+        action=argparse.BooleanOptionalAction,
+        help="Subtract the mean training feature (default: the protocol's)",
+    )
+    parser.add_argument(
+        "--class-means",
+        action=argparse.BooleanOptionalAction,
+        help="Score by the nearest class mean, too (default: the protocol's)",
+    )
+    parser.add_argument(
+        "--test-dataset",
+        dest="test_dataset_str",
+        help="Dataset to score once, with the setting that is best on the validation dataset",
+    )
+    add_result_options(parser)
     return parser
 
 
@@ -266,13 +469,15 @@ def main(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"k-NN knows one label per image, not {args.metric_type.value}: use another --metric-type"
         )
-    model, autocast_dtype = setup_and_build_model(args)
-    eval_knn_with_model(
-        model,
-        autocast_dtype=autocast_dtype,
-        accuracy_averaging=averaging,
-        **options_for(eval_knn_with_model, args),
+    protocol = knn_protocol(
+        args.protocol,
+        **{name: getattr(args, name) for name in ("vote", "metric", "center", "class_means", "resize_size")},
     )
+    model, autocast_dtype = setup_and_build_model(args)
+    options = options_for(eval_knn_with_model, args) | {"protocol": protocol}
+    if "nb_knn" not in args.given:
+        options["nb_knn"] = list(protocol.nb_knn)
+    eval_knn_with_model(model, autocast_dtype=autocast_dtype, accuracy_averaging=averaging, **options)
 
 
 if __name__ == "__main__":

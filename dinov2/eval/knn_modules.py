@@ -1,6 +1,6 @@
 """Modules of the k-NN evaluation: classifiers that processes share, and the choice of few-shot samples.
 
-Letters: B images per process, D width, C classes, W processes.
+Letters: B images per process, D width, C classes, W processes, S training samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,22 +8,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dinov2 import distributed
+from dinov2.eval.knn_protocols import KnnProtocol
 from dinov2.eval.neighbors import find_neighbors, merge_neighbors, usable_ks, vote
 from dinov2.eval.utils import all_gather_and_flatten
+
+PLAIN = KnnProtocol()
+CLASS_MEANS = "class means"
+BLOCK = 65_536  # rows whose float64 copy is held at a time
 
 
 class KnnModule(nn.Module):
     """Scores features by their nearest training features, each process searching its share of them.
 
     Args:
-        train_features: All training features, of unit length, the same on every process.
+        train_features: All training features, the same on every process; of unit length where the protocol
+            compares by the cosine without centring.
         train_labels: Their class indices.
         nb_knn: The numbers of neighbours to score with; beyond the training set all of it votes.
         T: Temperature of the softmax over similarities.
         device: Where to search.
         num_classes: C.
+        protocol: How to compare and vote; its ``nb_knn`` and ``resize_size`` are of no concern here.
     """
 
     def __init__(
@@ -34,25 +42,41 @@ class KnnModule(nn.Module):
         T: float,
         device: torch.device | str,
         num_classes: int = 1000,
+        *,
+        protocol: KnnProtocol = PLAIN,
     ) -> None:
         super().__init__()
         self.nb_knn = usable_ks(nb_knn, len(train_features))
         self.max_k = self.nb_knn[-1]
         self.T = T
         self.num_classes = num_classes
+        self.protocol = protocol
+        self.train_labels = train_labels.to(device)
+        # The Euclidean distance does not change when all is shifted, and is more exact near the origin.
+        centers = protocol.center or protocol.metric == "euclidean"
+        self.mean = train_features.float().mean(dim=0).to(device) if centers else None
         size, rank = distributed.get_global_size(), distributed.get_global_rank()
         shares = train_features.tensor_split(size)
         self.first_row = sum(len(share) for share in shares[:rank])
-        self.train_features = shares[rank].to(device)
-        self.train_labels = train_labels.to(device)
+        self.train_features = self._as_stored(self._prepare(shares[rank].to(device)))
+        self.class_means = None
+        if protocol.class_means:
+            self.class_means = self._class_means(train_features.to(device))
 
-    def forward(self, features_rank: Tensor) -> dict[int, Tensor]:
+    @property
+    def keys(self) -> list[int | str]:
+        """What :meth:`forward` returns scores by."""
+        return [*self.nb_knn, *([CLASS_MEANS] if self.protocol.class_means else [])]
+
+    def forward(self, features_rank: Tensor) -> dict[int | str, Tensor]:
         """Return the class scores (B, C) of features (B, D) for every number of neighbours.
 
-        All processes must call this together, with equally many features.
+        With class means, those are scored under :data:`CLASS_MEANS`. All processes must call this together,
+        with equally many features.
         """
         size, rank = distributed.get_global_size(), distributed.get_global_rank()
-        similarities, rows = self._search_share(all_gather_and_flatten(features_rank))  # (W*B, max_k)
+        queries = self._prepare(features_rank)
+        similarities, rows = self._search_share(all_gather_and_flatten(queries))  # (W*B, max_k)
         # Per process that searched, its neighbours of all queries; from each only those of this process's.
         found = zip(
             all_gather_and_flatten(similarities).view(size, size, -1, self.max_k)[:, rank],
@@ -60,16 +84,51 @@ class KnnModule(nn.Module):
             strict=True,
         )
         similarities, rows = merge_neighbors(list(found), self.max_k)
-        return vote(similarities, self.train_labels[rows], self.nb_knn, self.T, self.num_classes)
+        if self.protocol.vote == "uniform":
+            similarities = torch.zeros_like(similarities)
+        scores = vote(similarities, self.train_labels[rows], self.nb_knn, self.T, self.num_classes)
+        if self.class_means is not None:
+            scores |= {CLASS_MEANS: self._score_class_means(queries)}
+        return scores
+
+    def _prepare(self, features: Tensor) -> Tensor:
+        if self.mean is None:
+            return features
+        features = features.float() - self.mean
+        return features if self.protocol.metric == "euclidean" else functional.normalize(features, dim=1)
+
+    def _as_stored(self, features: Tensor) -> Tensor:
+        """Return features whose dot product with a query, which gets a 1 appended, orders as the metric."""
+        if self.protocol.metric == "cosine":
+            return features
+        return torch.cat([features, -features.square().sum(dim=1, keepdim=True) / 2], dim=1)
 
     def _search_share(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Find neighbours in this process's rows; a share of fewer than ``max_k`` is filled up with -inf."""
+        if self.protocol.metric == "euclidean":
+            queries = torch.cat([queries, torch.ones_like(queries[:, :1])], dim=1)
         similarities = torch.full((len(queries), self.max_k), -torch.inf, device=queries.device)
         rows = torch.zeros_like(similarities, dtype=torch.int64)
         k = min(self.max_k, len(self.train_features))
         if k:
             similarities[:, :k], rows[:, :k] = find_neighbors(self.train_features, queries, k)
         return similarities, rows + self.first_row
+
+    def _class_means(self, train_features: Tensor) -> Tensor:
+        """Return the mean of every class (C, D), NaN for a class without samples."""
+        sums = torch.zeros(
+            self.num_classes, train_features.shape[1], dtype=torch.float64, device=train_features.device
+        )
+        for features, labels in zip(train_features.split(BLOCK), self.train_labels.split(BLOCK), strict=True):
+            sums.index_add_(0, labels, self._prepare(features).double())
+        return (sums / self.train_labels.bincount(minlength=self.num_classes)[:, None]).float()
+
+    def _score_class_means(self, queries: Tensor) -> Tensor:
+        """Return the softmax of minus half the squared distances to the class means (B, C)."""
+        means = self.class_means.double()
+        # Without the query's own square, which the softmax takes out.
+        similarities = queries.double() @ means.T - means.square().sum(dim=1) / 2
+        return similarities.nan_to_num(nan=-torch.inf).softmax(dim=1)
 
 
 class DictKeysModule(nn.Module):

@@ -7,27 +7,32 @@ Run as ``python dinov2/eval/linear.py`` or under torchrun. The classifiers are i
 import argparse
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from dinov2 import cli
+from dinov2 import cli, distributed
 from dinov2.data import SamplerType, make_data_loader
 from dinov2.data.transforms import make_classification_eval_transform, make_classification_train_transform
 from dinov2.errors import ConfigError
-from dinov2.eval.cli import add_metric_option, make_parser, options_for
+from dinov2.eval.cli import add_metric_option, add_result_options, check_draws, make_parser, options_for
 from dinov2.eval.data import (
     check_same_classes,
     make_evaluation_loader,
     make_labelled_dataset,
     training_labels,
+    warn_of_shared_images,
 )
+from dinov2.eval.eva_probe import run_eval_eva
+from dinov2.eval.extract import StoredFeaturesOf
+from dinov2.eval.feature_store import StoredTokens, transform_text
+from dinov2.eval.identity import identity_of
 from dinov2.eval.linear_checkpoint import LinearCheckpointer
 from dinov2.eval.linear_classifiers import (
     AllClassifiers,
@@ -37,10 +42,11 @@ from dinov2.eval.linear_classifiers import (
     scale_lr,
     setup_linear_classifiers,
 )
-from dinov2.eval.linear_training import eval_linear, evaluate_linear_classifiers
+from dinov2.eval.linear_training import eval_linear, evaluate_linear_classifiers, predict
 from dinov2.eval.metrics import MetricType
 from dinov2.eval.neighbors import count_classes
-from dinov2.eval.results import write_summary
+from dinov2.eval.results import ResultTable
+from dinov2.eval.scores import DRAWS
 from dinov2.eval.setup import setup_and_build_model
 from dinov2.eval.utils import ModelWithIntermediateLayers, autocast_context, device_of
 
@@ -65,6 +71,7 @@ logger = logging.getLogger("dinov2")
 T = TypeVar("T")
 
 N_LAST_BLOCKS = (1, 4)
+RESIZE_SIZE = 256
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
 
@@ -77,18 +84,32 @@ def make_eval_data_loader(
     train_dataset: Dataset | None = None,
     normalisation: Mapping[str, Sequence[float]] | None = None,
     path_map: Mapping[str, str] | None = None,
+    resize_size: int | None = None,
+    stored: StoredFeaturesOf | None = None,
 ) -> DataLoader:
     """Return the loader of a validation or test set; lists of labels are padded with -1 for any metric.
+
+    Args:
+        resize_size: Shorter side of the images before the central 224 pixels are taken; None is 256.
+        stored: Puts features in the place of images.
 
     Raises:
         DatasetError: There are no labels, or the classes are named otherwise than those of ``train_dataset``.
     """
-    dataset = make_labelled_dataset(
-        test_dataset_str, make_classification_eval_transform(**(normalisation or {})), path_map
-    )
+    transform = _eval_transform(normalisation, resize_size)
+    dataset = make_labelled_dataset(test_dataset_str, transform, path_map)
     if train_dataset is not None:
         check_same_classes(train_dataset, dataset)
+        warn_of_shared_images(train_dataset, dataset, "validation or test")
+    if stored is not None:
+        dataset, num_workers = stored(test_dataset_str, dataset), 0
     return make_evaluation_loader(dataset, batch_size, num_workers)
+
+
+def _eval_transform(
+    normalisation: Mapping[str, Sequence[float]] | None, resize_size: int | None
+) -> Callable[[Any], Tensor]:
+    return make_classification_eval_transform(resize_size=resize_size or RESIZE_SIZE, **(normalisation or {}))
 
 
 def test_on_datasets(
@@ -108,26 +129,36 @@ def test_on_datasets(
     train_dataset: Dataset | None = None,
     normalisation: Mapping[str, Sequence[float]] | None = None,
     path_map: Mapping[str, str] | None = None,
+    resize_size: int | None = None,
+    stored: StoredFeaturesOf | None = None,
+    table: ResultTable | None = None,
 ) -> dict[str, float]:
-    """Return ``<dataset>_accuracy`` in percent of the classifier chosen on the validation set."""
+    """Return ``<dataset>_accuracy`` in percent of the classifier chosen on the validation set.
+
+    Args:
+        table: Takes a row per dataset.
+    """
     results = {}
-    for dataset_str, metric_type, class_mapping in zip(
-        test_dataset_strs, test_metric_types, test_class_mappings, strict=True
+    for number, (dataset_str, metric_type, class_mapping) in enumerate(
+        zip(test_dataset_strs, test_metric_types, test_class_mappings, strict=True), 1
     ):
         logger.info("testing on %s", dataset_str)
         like = train_dataset if class_mapping is None else None
+        loader = make_eval_data_loader(
+            dataset_str,
+            batch_size,
+            num_workers,
+            metric_type,
+            train_dataset=like,
+            normalisation=normalisation,
+            path_map=path_map,
+            resize_size=resize_size,
+            stored=stored,
+        )
         scores = evaluate_linear_classifiers(
             feature_model,
             linear_classifiers,
-            make_eval_data_loader(
-                dataset_str,
-                batch_size,
-                num_workers,
-                metric_type,
-                train_dataset=like,
-                normalisation=normalisation,
-                path_map=path_map,
-            ),
+            loader,
             metric_type,
             metrics_file_path,
             training_num_classes,
@@ -136,8 +167,47 @@ def test_on_datasets(
             class_mapping=class_mapping,
             best_classifier_on_val=best_classifier_on_val,
         )
-        results[f"{dataset_str}_accuracy"] = 100.0 * scores["best_classifier"]["accuracy"]
+        accuracy = 100.0 * scores["best_classifier"]["accuracy"]
+        results[f"{dataset_str}_accuracy"] = accuracy
+        if table is not None:
+            _add_row(
+                table,
+                (feature_model, linear_classifiers, best_classifier_on_val, loader, class_mapping),
+                metric_type,
+                accuracy,
+                role="test" if number == 1 else f"test_{number}",
+                dataset_str=dataset_str,
+            )
     return results
+
+
+def _add_row(
+    table: ResultTable,
+    predicted_by: tuple[nn.Module, nn.Module, str, DataLoader, Tensor | None],
+    metric_type: MetricType,
+    accuracy: float,
+    *,
+    role: str,
+    dataset_str: str,
+) -> None:
+    """Add the row of one dataset to a table.
+
+    Args:
+        predicted_by: The arguments of :func:`~dinov2.eval.linear_training.predict`.
+        metric_type: Of ``accuracy``, in percent.
+    """
+    _, _, name, loader, class_mapping = predicted_by
+    dataset = loader.dataset.unnumbered
+    tries = [] if metric_type is MetricType.IMAGENET_REAL_ACCURACY else [predict(*predicted_by)]
+    table.add(
+        {"classifier": name},
+        {"top-1": accuracy},
+        tries,
+        role=role,
+        dataset_str=dataset_str,
+        dataset=dataset,
+        class_names=None if class_mapping is None else getattr(dataset, "classes", None),
+    )
 
 
 test_on_datasets.__test__ = False  # a public name of upstream's; not a test
@@ -167,6 +237,11 @@ def run_eval_linear(
     pretrained_weights: str | None = None,
     normalisation: Mapping[str, Sequence[float]] | None = None,
     path_map: Mapping[str, str] | None = None,
+    augment: bool = False,
+    resize_size: int | None = None,
+    features: str | None = None,
+    bootstrap_draws: int = DRAWS,
+    save_predictions: bool = False,
 ) -> dict[str, str | float]:
     """Train the grid, choose on the validation set, report, and write ``results_eval_linear.json``.
 
@@ -184,6 +259,13 @@ def run_eval_linear(
         pretrained_weights: Noted in the summary.
         normalisation: ``mean`` and ``std`` per channel that the model was trained with; None is ImageNet's.
         path_map: Where recorded folders lie here (``train.path_map``).
+        augment: Crop and flip training images at random and compute their features at every step, as
+            upstream; otherwise features are computed once, of images transformed as for evaluation, and kept
+            in a feature store in ``output_dir``.
+        resize_size: Shorter side of the images before the central 224 pixels are taken; None is 256.
+        features: Folder of feature stores of the datasets, to be used instead of the images.
+        bootstrap_draws: Draws behind the intervals in the summary; 0 leaves them out.
+        save_predictions: Write the predictions of the best classifier as CSV files.
 
     Returns:
         ``best_classifier`` (its name) and ``<dataset>_accuracy`` in percent per dataset.
@@ -200,15 +282,27 @@ def run_eval_linear(
         save_checkpoint_frequency=save_checkpoint_frequency,
         eval_period_iterations=eval_period_iterations,
     )
+    check_draws(bootstrap_draws)
+    if augment and features is not None:
+        raise ConfigError(
+            "stored features are those of images as they are: leave out either --augment or --features"
+        )
     test_dataset_strs = list(test_dataset_strs or [])
     test_class_mappings = _for_each(
         test_dataset_strs, [_read_class_mapping(path) for path in test_class_mapping_fpaths], "class mappings"
     )
     test_metric_types = _for_each(test_dataset_strs, test_metric_types or [val_metric_type], "metric types")
     val_class_mapping = _read_class_mapping(val_class_mapping_fpath)
+    eval_transform = _eval_transform(normalisation, resize_size)
+    train_transform = make_classification_train_transform(**(normalisation or {}))
     train_dataset = make_labelled_dataset(
-        train_dataset_str, make_classification_train_transform(**(normalisation or {})), path_map
+        train_dataset_str, train_transform if augment else eval_transform, path_map
     )
+    stored = None
+    if not augment:
+        stored = StoredFeaturesOf(
+            model, eval_transform, autocast_dtype, features, output_dir, batch_size, num_workers
+        )
     num_classes = count_classes(training_labels(train_dataset, train_dataset_str))
     val_data_loader = make_eval_data_loader(
         val_dataset_str,
@@ -218,10 +312,17 @@ def run_eval_linear(
         train_dataset=train_dataset if val_class_mapping is None else None,
         normalisation=normalisation,
         path_map=path_map,
+        resize_size=resize_size,
+        stored=stored,
     )
-    feature_model = ModelWithIntermediateLayers(
-        model, max(N_LAST_BLOCKS), partial(autocast_context, device_of(model), autocast_dtype)
-    )
+    feature_model: nn.Module
+    if stored is None:
+        feature_model = ModelWithIntermediateLayers(
+            model, max(N_LAST_BLOCKS), partial(autocast_context, device_of(model), autocast_dtype)
+        )
+    else:
+        feature_model = StoredTokens(device_of(model), max(N_LAST_BLOCKS))
+        train_dataset, num_workers = stored(train_dataset_str, train_dataset), 0
     max_iter = epochs * epoch_length
     trained = _set_up(
         feature_model, train_dataset, learning_rates, batch_size, num_classes, max_iter, output_dir
@@ -247,6 +348,21 @@ def run_eval_linear(
         val_class_mapping=val_class_mapping,
     )
     best = val_results["best_classifier"]
+    table = ResultTable(
+        "linear",
+        output_dir,
+        classes=getattr(train_dataset, "classes", None),
+        draws=bootstrap_draws,
+        save_predictions=save_predictions,
+    )
+    _add_row(
+        table,
+        (feature_model, trained.linear_classifiers, best["name"], val_data_loader, val_class_mapping),
+        val_metric_type,
+        100.0 * best["accuracy"],
+        role="val",
+        dataset_str=val_dataset_str,
+    )
     accuracies = {f"{val_dataset_str}_accuracy": 100.0 * best["accuracy"]} | test_on_datasets(
         feature_model,
         trained.linear_classifiers,
@@ -259,22 +375,34 @@ def run_eval_linear(
         train_dataset=train_dataset,
         normalisation=normalisation,
         path_map=path_map,
+        resize_size=resize_size,
+        stored=stored,
+        table=table,
         batch_size=batch_size,
         num_workers=num_workers,
         metrics_file_path=metrics_file_path,
     )
-    summary = {
-        "pretrained_weights": pretrained_weights,
-        "train_dataset": train_dataset_str,
-        "val_dataset": val_dataset_str,
-        "metric": val_metric_type.value,
-        "iterations": max_iter,
-        "best_classifier": best["name"],
-        "results": [
-            {"dataset": name.removesuffix("_accuracy"), "top-1": value} for name, value in accuracies.items()
-        ],
-    }
-    write_summary(output_dir, "linear", summary)
+    table.write(
+        {
+            "pretrained_weights": pretrained_weights,
+            "model": identity_of(model),
+            "train_dataset": train_dataset_str,
+            "val_dataset": val_dataset_str,
+            "protocol": {
+                "name": "dinov2",
+                "iterations": max_iter,
+                "batch_size": batch_size * distributed.get_global_size(),
+                "learning_rates": list(learning_rates),
+                "augment": augment,
+                "accuracy": val_metric_type.value,
+                "transform": transform_text(eval_transform),
+                "autocast": str(autocast_dtype).removeprefix("torch."),
+            },
+            "train_samples": len(train_dataset),
+            "features": features,
+            "best_classifier": best["name"],
+        }
+    )
     return {"best_classifier": best["name"]} | accuracies
 
 
@@ -383,6 +511,20 @@ def get_args_parser(
         "Accuracies on the test datasets, one for each or for all",
         nargs="+",
     )
+    parser.add_argument(
+        "--augment",
+        action="store_true",
+        help="Crop and flip training images at random and compute their features at every step, as upstream "
+        "(default: compute features once)",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=("dinov2", "eva"),
+        default="dinov2",
+        help="dinov2 trains the grid; eva trains one classifier at a time on the cls token with early "
+        "stopping, and takes none of the options of the grid (default: %(default)s)",
+    )
+    add_result_options(parser)
     parser.add_argument("--classifier-fpath", type=str, help="Checkpoint of classifiers to start from")
     parser.add_argument(
         "--val-class-mapping-fpath",
@@ -402,6 +544,9 @@ def get_args_parser(
 def main(args: argparse.Namespace) -> None:
     """Evaluate as the command line says."""
     model, autocast_dtype = setup_and_build_model(args)
+    if args.protocol == "eva":
+        run_eval_eva(model, autocast_dtype=autocast_dtype, **options_for(run_eval_eva, args))
+        return
     options = options_for(run_eval_linear, args)
     run_eval_linear(model, autocast_dtype=autocast_dtype, resume=not args.no_resume, **options)
 

@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader
 
 from dinov2.eval.linear_checkpoint import RUNNING_NAME, LinearCheckpointer
 from dinov2.eval.linear_classifiers import LinearPostprocessor, unwrapped
-from dinov2.eval.metrics import MetricType, build_metric
+from dinov2.eval.metrics import MetricCollection, MetricType, build_metric
+from dinov2.eval.predictions import PredictionCollector
 from dinov2.eval.results import append_lines, to_json
+from dinov2.eval.scores import Predictions
 from dinov2.eval.utils import device_of, evaluate
 from dinov2.logging import MetricLogger
 
@@ -66,6 +68,32 @@ def evaluate_linear_classifiers(
     lines = [to_json({key: value}) for key, value in results_dict.items()]
     append_lines(metrics_file_path, [f"{prefixstring}iter: {iteration}", *lines, ""])
     return results_dict
+
+
+def predict(
+    feature_model: nn.Module,
+    linear_classifiers: nn.Module,
+    name: str,
+    data_loader: DataLoader,
+    class_mapping: Tensor | None = None,
+) -> Predictions:
+    """Return what one classifier predicts of a dataset whose samples have one label each.
+
+    Args:
+        name: Of the classifier.
+        class_mapping: See :class:`~dinov2.eval.linear_classifiers.LinearPostprocessor`.
+    """
+    classifier = unwrapped(linear_classifiers).classifiers_dict[name]
+    collector = PredictionCollector(logits=True)
+    evaluate(
+        feature_model,
+        data_loader,
+        {name: LinearPostprocessor(classifier, class_mapping)},
+        {name: MetricCollection({})},
+        device_of(classifier),
+        collectors={name: collector},
+    )
+    return collector.gather()
 
 
 def eval_linear(

@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,16 @@ from torch.utils.data import Dataset
 from dinov2 import cli, distributed
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.errors import ConfigError, DatasetError
-from dinov2.eval.cli import add_metric_option, make_parser, options_for
-from dinov2.eval.data import check_same_classes, make_labelled_dataset
+from dinov2.eval.cli import add_metric_option, add_result_options, check_draws, make_parser, options_for
+from dinov2.eval.data import check_same_classes, make_labelled_dataset, warn_of_shared_images
+from dinov2.eval.extract import source_of
+from dinov2.eval.feature_store import CLS, StoredFeatures, stored_dataset, transform_text
+from dinov2.eval.identity import identity_of
 from dinov2.eval.logistic import LogisticRegression, fit_logistic_regression
 from dinov2.eval.metrics import MetricType, build_metric
 from dinov2.eval.neighbors import count_classes
-from dinov2.eval.results import percent, write_summary
+from dinov2.eval.results import ResultTable, percent
+from dinov2.eval.scores import DRAWS, Predictions
 from dinov2.eval.setup import setup_and_build_model
 from dinov2.eval.utils import ModelWithAutocast, device_of, extract_features
 from dinov2.utils.device import resolve_device
@@ -43,6 +48,7 @@ C_POWER_RANGE = torch.linspace(-6, 5, 45)
 HELD_OUT_SHARE = 10  # one tenth
 IMAGE_SIZE = 224
 CPU = torch.device("cpu")
+UNI = "uni"
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,54 @@ def eval_log_regression(
 
     See :func:`eval_log_regression_with_model` for the arguments.
     """
+    return run_log_regression(
+        model=model,
+        train_dataset=train_dataset,
+        val_dataset=val_dataset,
+        finetune_dataset=finetune_dataset,
+        metric_type=metric_type,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        finetune_on_val=finetune_on_val,
+        train_dtype=train_dtype,
+        train_features_device=train_features_device,
+        max_train_iters=max_train_iters,
+    ).results
+
+
+class Outcome(NamedTuple):
+    """What :func:`run_log_regression` finds.
+
+    Args:
+        results: Percentages and ``best_C``.
+        predictions: On the validation set; None where samples have several labels.
+        num_iterations: L-BFGS iterations of the final fit.
+    """
+
+    results: dict[str, float | list[float]]
+    predictions: Predictions | None
+    num_iterations: int
+
+
+def run_log_regression(
+    *,
+    model: nn.Module,
+    train_dataset: Dataset,
+    val_dataset: Dataset,
+    finetune_dataset: Dataset | None,
+    metric_type: MetricType,
+    batch_size: int,
+    num_workers: int,
+    finetune_on_val: bool,
+    train_dtype: torch.dtype,
+    train_features_device: torch.device,
+    max_train_iters: int,
+    single_C: str | float | None = None,
+) -> Outcome:
+    """Extract the features, choose C, fit and score; all processes call this together.
+
+    See :func:`eval_log_regression_with_model` for the arguments.
+    """
     on_cpu = torch.device(train_features_device).type == "cpu"
 
     def samples_of(dataset: Dataset) -> Samples:
@@ -136,13 +190,34 @@ def eval_log_regression(
     if finetune_dataset is not None:
         held_out = samples_of(finetune_dataset)
         final_train = train + held_out
-    elif not finetune_on_val:
+    elif not finetune_on_val and single_C is None:
         selection_train, held_out = _split(train)
-    best_C = sweep_C_values(fit, selection_train, held_out, _selection_metric(metric_type, held_out))
-    accuracies = fit.score(fit(best_C, final_train), val, metric_type)
+    if single_C is None:
+        best_C = sweep_C_values(fit, selection_train, held_out, _selection_metric(metric_type, held_out))
+    else:
+        best_C = _value_of(single_C, train.features.shape[1], fit.num_classes)
+    fitted = fit(best_C, final_train)
+    accuracies = fit.score(fitted, val, metric_type)
     results = {name: percent(value) for name, value in accuracies.items()} | {"best_C": best_C}
     logger.info("logistic regression: %s", results)
-    return results
+    predictions = None
+    if val.labels.ndim == 1:
+        probabilities = fitted.predict_proba(val.features.to(fit.device)).double().cpu()
+        predictions = Predictions(val.labels.cpu(), probabilities)
+    if fitted.num_iterations >= max_train_iters:
+        logger.warning(
+            "logistic regression with C %.3g stopped after %d iterations, before it converged: give more "
+            "with --max-train-iters",
+            *(best_C, fitted.num_iterations),
+        )
+    return Outcome(results, predictions, fitted.num_iterations)
+
+
+def _value_of(single_C: str | float, width: int, num_classes: int) -> float:
+    """Return C; UNI's is the width of the features times the number of classes over 100."""
+    if single_C == UNI:
+        return width * num_classes / 100
+    return float(single_C)
 
 
 def _split(samples: Samples) -> tuple[Samples, Samples]:
@@ -186,6 +261,11 @@ def eval_log_regression_with_model(
     pretrained_weights: str | None = None,
     normalisation: Mapping[str, Sequence[float]] | None = None,
     path_map: Mapping[str, str] | None = None,
+    single_C: str | float | None = None,
+    resize_size: int | None = None,
+    features: str | None = None,
+    bootstrap_draws: int = DRAWS,
+    save_predictions: bool = False,
 ) -> dict[str, float | list[float]]:
     """Evaluate a backbone by logistic regression on its features, which are not normalised.
 
@@ -205,6 +285,12 @@ def eval_log_regression_with_model(
         pretrained_weights: Noted in the summary.
         normalisation: ``mean`` and ``std`` per channel that the model was trained with; None is ImageNet's.
         path_map: Where recorded folders lie here (``train.path_map``).
+        single_C: Fit with this C and choose none; ``"uni"`` is UNI's, the width of the features times the
+            number of classes over 100.
+        resize_size: Shorter side of the images before the central 224 pixels are taken; None is 224.
+        features: Folder of feature stores of the datasets, to be used instead of the images.
+        bootstrap_draws: Draws behind the intervals in the summary; 0 leaves them out.
+        save_predictions: Write the predictions as a CSV file.
 
     Returns:
         ``top-1`` and, from five classes on, ``top-5`` in percent, and ``best_C``.
@@ -221,21 +307,35 @@ def eval_log_regression_with_model(
         raise ConfigError(
             "C can be chosen on one dataset only: give either --finetune-dataset-str or --finetune-on-val"
         )
+    _check_single_C(single_C)
+    check_draws(bootstrap_draws)
     transform = make_classification_eval_transform(
-        resize_size=IMAGE_SIZE, crop_size=IMAGE_SIZE, **(normalisation or {})
+        resize_size=resize_size or IMAGE_SIZE, crop_size=IMAGE_SIZE, **(normalisation or {})
     )
-    train_dataset = make_labelled_dataset(train_dataset_str, transform, path_map)
-    val_dataset = make_labelled_dataset(val_dataset_str, transform, path_map)
-    check_same_classes(train_dataset, val_dataset)
-    finetune_dataset = None
-    if finetune_dataset_str:
-        finetune_dataset = make_labelled_dataset(finetune_dataset_str, transform, path_map)
-        check_same_classes(train_dataset, finetune_dataset)
-    results = eval_log_regression(
-        model=ModelWithAutocast(model, autocast_dtype),
-        train_dataset=train_dataset,
-        val_dataset=val_dataset,
-        finetune_dataset=finetune_dataset,
+    strings = {"train": train_dataset_str, "val": val_dataset_str, "finetune": finetune_dataset_str}
+    datasets = {
+        role: make_labelled_dataset(dataset_str, transform, path_map)
+        for role, dataset_str in strings.items()
+        if dataset_str
+    }
+    for role in list(datasets)[1:]:
+        check_same_classes(datasets["train"], datasets[role])
+        warn_of_shared_images(datasets["train"], datasets[role], "validation" if role == "val" else role)
+    extractor: nn.Module = ModelWithAutocast(model, autocast_dtype)
+    if features is not None:
+        datasets = {
+            role: stored_dataset(
+                features, source_of(model, strings[role], transform, autocast_dtype), [CLS], dataset
+            )
+            for role, dataset in datasets.items()
+        }
+        extractor, num_workers = StoredFeatures(device_of(model)), 0
+    results, predictions, num_iterations = run_log_regression(
+        model=extractor,
+        train_dataset=datasets["train"],
+        val_dataset=datasets["val"],
+        finetune_dataset=datasets.get("finetune"),
+        single_C=single_C,
         metric_type=metric_type,
         batch_size=batch_size,
         num_workers=num_workers,
@@ -244,18 +344,51 @@ def eval_log_regression_with_model(
         train_features_device=train_features_device,
         max_train_iters=max_train_iters,
     )
-    if output_dir is not None:
-        summary = {
+    table = ResultTable(
+        "log_regression",
+        output_dir,
+        classes=getattr(datasets["train"], "classes", None),
+        draws=bootstrap_draws,
+        save_predictions=save_predictions,
+    )
+    table.add(
+        {"C": results["best_C"]},
+        {name: value for name, value in results.items() if name.startswith("top-")},
+        [] if predictions is None else [predictions],
+        dataset_str=val_dataset_str,
+        dataset=datasets["val"],
+    )
+    table.write(
+        {
             "pretrained_weights": pretrained_weights,
+            "model": identity_of(model),
             "train_dataset": train_dataset_str,
             "val_dataset": val_dataset_str,
-            "finetune_dataset": finetune_dataset_str,
-            "finetune_on_val": finetune_on_val,
-            "metric": metric_type.value,
-            "results": [results],
+            "protocol": {
+                "C": "chosen" if single_C is None else single_C,
+                "finetune_dataset": finetune_dataset_str,
+                "finetune_on_val": finetune_on_val,
+                "iterations": num_iterations,
+                "max_iterations": max_train_iters,
+                "dtype": str(train_dtype).removeprefix("torch."),
+                "accuracy": metric_type.value,
+                "transform": transform_text(transform),
+                "autocast": str(autocast_dtype).removeprefix("torch."),
+            },
+            "train_samples": len(datasets["train"]),
+            "features": features,
         }
-        write_summary(output_dir, "log_regression", summary)
+    )
     return results
+
+
+def _check_single_C(single_C: str | float | None) -> None:
+    try:
+        usable = single_C in (None, UNI) or 0 < float(single_C) < float("inf")
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ConfigError(f'C of the logistic regression is "{single_C}": give a number above 0, or {UNI}')
 
 
 def get_args_parser(
@@ -278,6 +411,13 @@ def get_args_parser(
         "--train-dtype", type=str, default="float64", help="Number format of the fit (default: %(default)s)"
     )
     parser.add_argument("--max-train-iters", type=int, default=1000, help="Iterations per fit at most")
+    parser.add_argument(
+        "--single-C",
+        metavar="C",
+        help=f"Fit with this C and choose none; {UNI} is the width of the features times the number of "
+        "classes over 100 (default: choose among 45 values)",
+    )
+    add_result_options(parser)
     parser.add_argument("--batch-size", type=int, default=256, help="Images per process and step")
     parser.add_argument("--num-workers", type=int, default=0, help="Processes that read images, per process")
     return parser

@@ -17,6 +17,7 @@ from dinov2.eval.neighbors import count_classes
 ABSENT_LOGIT = -1e30
 GRADIENT_TOLERANCE = 1e-9
 CHANGE_TOLERANCE = 1e-12
+LINE_SEARCH_STEPS = 25  # of one iteration, at most
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def _minimise(
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=max_iter,
+        max_eval=max_iter * LINE_SEARCH_STEPS,  # else it may stop short of the iterations, unsaid
         tolerance_grad=GRADIENT_TOLERANCE,
         tolerance_change=CHANGE_TOLERANCE,
         line_search_fn="strong_wolfe",

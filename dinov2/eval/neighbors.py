@@ -20,6 +20,10 @@ logger = logging.getLogger("dinov2")
 # One block of similarities is at most 1024 x 32768 float32: 128 MiB, whatever the data set.
 QUERY_BLOCK = 1024
 STORED_BLOCK = 32_768
+# Columns of which the maximum alone is looked at first. Sorting groups out pays if at most one in so many
+# is left.
+GROUP = 16
+WORTHWHILE = 2
 
 
 def find_neighbors(stored: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -33,15 +37,21 @@ def find_neighbors(stored: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Ten
     Returns:
         Similarities (Q, k) float32 and rows (Q, k) int64, nearest first.
     """
-    with _exact_matmul(stored.device):
-        blocks = [_find_in_blocks(stored.float(), block.float(), k) for block in queries.split(QUERY_BLOCK)]
+    stored, queries = stored.float(), queries.float()
+    # One piece of memory for all blocks: to have the system hand out new pages each time costs a quarter.
+    space = queries.new_empty(min(QUERY_BLOCK, len(queries)) * min(STORED_BLOCK, len(stored)))
+    with torch.no_grad(), _exact_matmul(stored.device):
+        blocks = [_find_in_blocks(stored, block, k, space) for block in queries.split(QUERY_BLOCK)]
     return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
 
 
-def _find_in_blocks(stored: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _find_in_blocks(stored: Tensor, queries: Tensor, k: int, space: Tensor) -> tuple[Tensor, Tensor]:
     best = None
     for start in range(0, len(stored), STORED_BLOCK):
-        similarities, rows = _top(queries @ stored[start : start + STORED_BLOCK].T, k)
+        floor = None if best is None or best[0].shape[1] < k else best[0][:, -1:]
+        block = stored[start : start + STORED_BLOCK]
+        products = space[: len(queries) * len(block)].view(len(queries), len(block))
+        similarities, rows = _top_of_groups(torch.mm(queries, block.T, out=products), k, floor)
         found = (similarities, rows + start)
         best = found if best is None else merge_neighbors([best, found], k)
     return best
@@ -56,14 +66,38 @@ def merge_neighbors(parts: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Ten
     return similarities[:, :k], rows.gather(1, order[:, :k])
 
 
+def _top_of_groups(similarities: Tensor, k: int, floor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Do as :func:`_top`, but look only into the groups of columns whose maximum is high enough.
+
+    Args:
+        floor: (Q, 1), values above which alone are of interest; None if all are. Others may be left out.
+    """
+    num_groups, rest = divmod(similarities.shape[1], GROUP)
+    if rest:
+        return _top(similarities, k)
+    grouped = similarities.unflatten(1, (num_groups, GROUP))
+    peaks = grouped.amax(dim=2)
+    # The k largest values lie in the k groups of the largest maxima, or in as many as exceed the floor.
+    wanted = k if floor is None else int((peaks > floor).sum(dim=1).max())
+    if wanted * GROUP * WORTHWHILE > similarities.shape[1]:
+        return _top(similarities, k)
+    peaks, groups = peaks.topk(wanted + 1, dim=1)
+    if floor is None and (peaks[:, -1] == peaks[:, -2]).any():  # a tie at the cut may go either way
+        return _top(similarities, k)
+    groups = groups[:, :wanted].sort(dim=1).values  # columns have to stay in their order
+    chosen = grouped.gather(1, groups[:, :, None].expand(-1, -1, GROUP)).flatten(1)
+    values, columns = _top(chosen, k)
+    return values, groups.gather(1, columns // GROUP) * GROUP + columns % GROUP
+
+
 def _top(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the ``k`` largest values per row and their columns, equal values by ascending column."""
     k = min(k, similarities.shape[1])
     # `topk` is fast but takes any of several equal values: columns are put in order afterwards, and the
-    # rows where equal values lie on both sides of the cut are sorted completely.
-    values, columns = similarities.topk(k, dim=1)
-    columns = columns.sort(dim=1).values
-    cut = ((similarities >= values[:, -1:]).sum(dim=1) > k).nonzero().squeeze(1)
+    # rows where equal values lie on both sides of the cut, seen from one value more, are sorted completely.
+    values, columns = similarities.topk(min(k + 1, similarities.shape[1]), dim=1)
+    cut = (values[:, k - 1 : k] == values[:, k:]).nonzero()[:, 0]
+    columns = columns[:, :k].sort(dim=1).values
     if len(cut):
         columns[cut] = similarities[cut].argsort(dim=1, descending=True, stable=True)[:, :k]
     values, order = similarities.gather(1, columns).sort(dim=1, descending=True, stable=True)

@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from torch.backends import cudnn
 
@@ -98,12 +99,13 @@ def _compare_normalisation(config: Any, weights: BackboneWeights) -> None:
 def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dtype]:
     """Set up the process (config, log, process group, seeds) and return the model and its autocast dtype.
 
-    ``args.normalisation`` becomes ``mean`` and ``std`` of the config, for the transform of the images, and
-    ``args.path_map`` its ``train.path_map``, for the datasets.
+    ``args.normalisation`` becomes ``mean`` and ``std`` of the config, for the transform of the images,
+    ``args.path_map`` its ``train.path_map``, for the datasets, and ``args.model_config`` its ``student``.
     """
     cudnn.benchmark = True
     config = setup(args, keep_existing_config=True)
     args.path_map = dict(config.train.path_map)
     args.normalisation = {"mean": list(config.crops.mean), "std": list(config.crops.std)}
     model = build_model_for_eval(config, args.pretrained_weights)
+    args.model_config = OmegaConf.to_container(config.student)
     return model, get_autocast_dtype(config)

@@ -17,6 +17,7 @@ from dinov2 import distributed
 from dinov2.errors import DatasetError, WeightsError
 from dinov2.eval.data import make_evaluation_loader
 from dinov2.eval.metrics import NO_LABEL, MetricCollection
+from dinov2.eval.predictions import PredictionCollector
 from dinov2.logging import MetricLogger
 
 logger = logging.getLogger("dinov2")
@@ -97,6 +98,8 @@ def evaluate(
     metrics: Mapping[str, MetricCollection],
     device: torch.device,
     criterion: nn.Module | None = None,
+    *,
+    collectors: Mapping[str, PredictionCollector] | None = None,
 ) -> tuple[dict[str, float], dict[str, dict[str, Tensor]]]:
     """Run ``model`` over a dataset and compute metrics over all processes.
 
@@ -108,6 +111,8 @@ def evaluate(
         metrics: By the same names, what to count.
         device: Where the model is.
         criterion: A loss of ``(outputs, targets)`` to average, too.
+        collectors: By the same names, or some of them, what keeps the single predictions. They need the
+            indices of :func:`~dinov2.eval.data.make_evaluation_loader`.
 
     Returns:
         The averages of the logged values, and per name the computed metrics.
@@ -115,6 +120,7 @@ def evaluate(
     model.eval()
     meters = MetricLogger(delimiter="  ")
     for images, targets in meters.log_every(data_loader, LOG_PERIOD, "Test:"):
+        indices = None if isinstance(targets, Tensor) else targets[0]
         own, targets = (part.to(device) for part in _own_samples(targets))
         outputs = model(images.to(device, non_blocking=True))
         if criterion is not None:
@@ -122,6 +128,8 @@ def evaluate(
         for name, metric in metrics.items():
             batch = postprocessors[name](outputs, targets)
             metric.update(batch["preds"][own], batch["target"][own])
+            if collectors and name in collectors:
+                collectors[name].update(indices[own.cpu()], batch["preds"][own], batch["target"][own])
     meters.synchronize_between_processes()
     stats = {name: meter.global_avg for name, meter in meters.meters.items()}
     return stats, {name: metric.compute() for name, metric in metrics.items()}

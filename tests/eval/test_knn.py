@@ -88,7 +88,9 @@ def test_result_files_and_names(tiny_case, tiny_backbone, tmp_path):
     assert [json.loads(line) for line in lines] == [{name: results[name]} for name in names]
     summary = json.loads((tmp_path / "results_eval_knn_summary.json").read_text())
     assert (summary["evaluation"], summary["pretrained_weights"]) == ("knn", "tiny.pth")
-    assert summary["results"][3] == {"train_samples": "4 per class", "k": 4, "top-1": results[names[3]]}
+    row = summary["results"][3]
+    assert row["setting"] == {"train_samples": "4 per class", "k": 4}
+    assert row["accuracies_percent"] == {"top-1": results[names[3]]}
 
 
 def test_per_class_recalls_average_to_the_balanced_accuracy(tiny_case, tiny_backbone, tmp_path):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.errors import ConfigError, DatasetError, WeightsError
+from dinov2.eval import linear
 from dinov2.eval.linear import run_eval_linear
 from dinov2.eval.metrics import MetricType
 
@@ -45,7 +47,16 @@ def test_files_and_result(run, tiny_case, tmp_path):
     assert result[f"{tiny_case.train}_accuracy"] == pytest.approx(100 * test["accuracy"])
     summary = json.loads((tmp_path / "results_eval_linear_summary.json").read_text())
     assert summary["best_classifier"] == result["best_classifier"]
-    assert [row["dataset"] for row in summary["results"]] == [tiny_case.val, tiny_case.train]
+    rows = summary["results"]
+    assert [(row["role"], row["dataset"]) for row in rows] == [
+        ("val", tiny_case.val),
+        ("test", tiny_case.train),
+    ]
+    for row in rows:
+        assert row["setting"] == {"classifier": result["best_classifier"]}
+        assert 100 * row["scores"]["accuracy"] == pytest.approx(result[f"{row['dataset']}_accuracy"])
+        assert row["intervals"]["accuracy"][0] <= row["scores"]["accuracy"] <= row["intervals"]["accuracy"][1]
+    assert len(list((tmp_path / "features").iterdir())) == 2  # the test set is the training set
 
 
 def test_checkpoints_and_resuming(run, tmp_path):
@@ -133,3 +144,41 @@ def test_labels_have_to_be_there(run, tiny_case, tmp_path):
     csv.write_text(f"path,label\n{picture},0\n{picture},9\n")
     with pytest.raises(DatasetError, match=r"label 9 is not among the classes 0\.\.2"):
         run(val_dataset_str=f"CustomImageDataset:extra={csv}")
+
+
+def test_features_are_computed_once_unless_images_are_augmented(run, tiny_backbone, monkeypatch):
+    calls, forward = [], tiny_backbone.get_intermediate_layers
+    monkeypatch.setattr(
+        tiny_backbone,
+        "get_intermediate_layers",
+        lambda images, *args, **options: calls.append(len(images)) or forward(images, *args, **options),
+    )
+    torch.manual_seed(0)
+    first = run(resume=False)
+    assert sum(calls) == 33 + 15
+    calls.clear()
+    torch.manual_seed(0)
+    assert run(resume=False) == first
+    assert calls == []  # they are there already
+    augmented = run(resume=False, augment=True)
+    assert sum(calls) > 6 * 8
+    assert set(augmented) == set(first)
+
+
+def test_stored_features_train_the_classifiers_that_images_train(run, tiny_case, monkeypatch):
+    monkeypatch.setattr(
+        linear, "make_classification_train_transform", lambda **_: make_classification_eval_transform()
+    )
+    torch.manual_seed(0)
+    stored = run(resume=False)
+    weights = torch.load(run.keywords["output_dir"] + "/model_final.pth", weights_only=True)["model"]
+    torch.manual_seed(0)
+    assert run(resume=False, augment=True) == stored
+    again = torch.load(run.keywords["output_dir"] + "/model_final.pth", weights_only=True)["model"]
+    for name, value in weights.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_augmented_images_have_no_stored_features(run, tmp_path):
+    with pytest.raises(ConfigError, match="leave out either --augment or --features"):
+        run(augment=True, features=str(tmp_path))

@@ -85,7 +85,10 @@ def test_summary_and_per_class_recalls(evaluate, tmp_path):
     assert len(result["top-1"]) == 3
     summary = json.loads((tmp_path / "results_eval_log_regression_summary.json").read_text())
     assert summary["evaluation"] == "log_regression"
-    assert summary["results"] == [result]
+    (row,) = summary["results"]
+    assert row["accuracies_percent"] == {"top-1": result["top-1"]}
+    assert row["setting"] == {"C": result["best_C"]}
+    assert 100 * row["scores"]["balanced_accuracy"] == pytest.approx(sum(result["top-1"]) / 3)
 
 
 def test_contradictions_and_too_few_samples(evaluate, tiny_case, tiny_backbone, tmp_path):
@@ -106,3 +109,40 @@ def test_defaults_of_the_command_line():
     assert (args.finetune_dataset_str, args.finetune_on_val) == (None, False)
     assert args.metric_type is MetricType.MEAN_ACCURACY
     assert (args.train_features_device, args.train_dtype, args.max_train_iters) == ("cpu", "float64", 1000)
+
+
+@pytest.mark.parametrize(("given", "value"), [("uni", 48 * 3 / 100), (0.5, 0.5), ("0.5", 0.5)])
+def test_a_single_value_is_fitted_to_all_training_samples(evaluate, features, tmp_path, given, value):
+    result = evaluate(single_C=given, output_dir=str(tmp_path))
+    assert result["best_C"] == pytest.approx(value)
+    assert result["top-1"] == pytest.approx(100 * _accuracy_of_oracle(*features, value))
+    protocol = json.loads((tmp_path / "results_eval_log_regression_summary.json").read_text())["protocol"]
+    assert protocol["C"] == given and protocol["iterations"] > 0
+
+
+@pytest.mark.parametrize("given", ["unl", "-1", 0, float("nan"), "inf"])
+def test_unusable_values(evaluate, given):
+    with pytest.raises(
+        ConfigError, match="C of the logistic regression is .*: give a number above 0, or uni"
+    ):
+        evaluate(single_C=given)
+
+
+def test_a_fit_that_is_cut_off_is_told(evaluate, caplog):
+    with caplog.at_level("WARNING", logger="dinov2"):
+        evaluate(single_C=1e5, max_train_iters=2)
+    assert "stopped after 2 iterations, before it converged" in caplog.text
+
+
+def test_bad_labels_and_draws(evaluate, tiny_case, tiny_backbone, tmp_path):
+    picture = f"{tiny_case.train.removeprefix('ImageFolder:root=')}/neoplastic/0.png"
+    csv = tmp_path / "images.csv"
+    csv.write_text(f"path,label\n{picture},0\n{picture},9\n")
+    dataset_str = f"CustomImageDataset:extra={csv}"
+    with pytest.raises(DatasetError, match=r"label 9 is not among the classes 0\.\.2"):
+        eval_log_regression_with_model(tiny_backbone, tiny_case.train, dataset_str, single_C=1.0)
+    csv.write_text("path,label\n" + f"{picture},1\n" * 12)
+    with pytest.raises(DatasetError, match="all 12 training samples have the label 1"):
+        eval_log_regression_with_model(tiny_backbone, dataset_str, dataset_str, single_C=1.0)
+    with pytest.raises(ConfigError, match="number of bootstrap draws is -1"):
+        evaluate(bootstrap_draws=-1)

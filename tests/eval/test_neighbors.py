@@ -74,6 +74,27 @@ def test_equal_similarities_are_ordered_by_row(monkeypatch, k):
     torch.testing.assert_close(similarities, (queries @ stored.T).gather(1, rows), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("k", [1, 4, 20])
+def test_leaving_out_groups_of_columns_changes_nothing(monkeypatch, k, ties):
+    monkeypatch.setattr(neighbors, "STORED_BLOCK", 256)
+    stored, queries = _clusters(1100, seed=0), _clusters(23, seed=1)
+    if ties:
+        stored, queries = (part.mul(2).round() for part in (stored, queries))
+    monkeypatch.setattr(neighbors, "GROUP", 1000)  # wider than a block: never left out
+    whole = find_neighbors(stored, queries, k)
+    monkeypatch.setattr(neighbors, "GROUP", 4)
+    looked_at, top = [], neighbors._top
+    monkeypatch.setattr(
+        neighbors,
+        "_top",
+        lambda similarities, k: looked_at.append(similarities.shape[1]) or top(similarities, k),
+    )
+    found = find_neighbors(stored, queries, k)
+    assert torch.equal(found[0], whole[0]) and torch.equal(found[1], whole[1])
+    assert ties or min(looked_at) < 100
+
+
 def test_shards_merge_to_the_whole():
     stored, queries = _clusters(41, seed=2), _clusters(9, seed=3)
     whole = find_neighbors(stored, queries, 12)

@@ -119,7 +119,8 @@ def test_command_lines_in_two_processes_give_the_numbers_of_one(
     monkeypatch.setattr(log_regression, "C_POWER_RANGE", torch.tensor([-2.0, 0.0, 1.0]))
     alone = log_regression.eval_log_regression_with_model(tiny_backbone, *strings)
     summary = json.loads((folder / "log_regression" / "results_eval_log_regression_summary.json").read_text())
-    assert summary["results"] == [alone]
+    (row,) = summary["results"]
+    assert row["setting"] | row["accuracies_percent"] == {"C": alone["best_C"], "top-1": alone["top-1"]}
     assert summary["pretrained_weights"] == str(tiny_case.weights)
 
 

@@ -1,0 +1,45 @@
+"""Compare two models on the same images: ``python -m dinov2.eval.paired FIRST.csv SECOND.csv``.
+
+The files are those that an evaluation writes with ``--predictions``. Printed is one JSON document of
+:func:`dinov2.eval.scores.paired_bootstrap`: by score, both values, the gain of the second over the first, its
+95 % interval and a p-value.
+"""
+
+import argparse
+import sys
+
+from dinov2 import cli
+from dinov2.errors import DatasetError
+from dinov2.eval.cli import check_draws
+from dinov2.eval.predictions import read_predictions
+from dinov2.eval.results import to_json
+from dinov2.eval.scores import DRAWS, paired_bootstrap
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Return the parser of the comparison."""
+    parser = argparse.ArgumentParser(description="Compare the predictions of two models on the same images")
+    parser.add_argument("first", help="CSV file of predictions")
+    parser.add_argument("second", help="CSV file of predictions of the same images")
+    parser.add_argument("--bootstrap-draws", type=int, default=DRAWS, help="Draws (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="Of the draws (default: %(default)s)")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Compare and print."""
+    check_draws(args.bootstrap_draws)
+    (first, names), (second, other_names) = map(read_predictions, (args.first, args.second))
+    if names != other_names:
+        pairs = enumerate(zip(names, other_names, strict=False))
+        different = (f'sample {i} is "{a}" and "{b}"' for i, (a, b) in pairs if a != b)
+        shown = next(different, f"{len(names)} and {len(other_names)} samples")
+        raise DatasetError(
+            f'"{args.first}" and "{args.second}" are not of the same images ({shown}): compare two models on '
+            "one dataset"
+        )
+    cli.say(to_json(paired_bootstrap(first, second, args.bootstrap_draws, args.seed), indent=2))
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser().parse_args(sys.argv[1:]))
