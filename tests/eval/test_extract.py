@@ -129,7 +129,8 @@ def options(case, folder, *more):
     ]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_write_the_bytes_of_one(store, tiny_case, tmp_path, processes):
     run_in_processes(_extract_here, tiny_case, tmp_path, world_size=processes)
     assert contents(tmp_path) == contents(store.folder)
