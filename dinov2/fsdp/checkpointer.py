@@ -42,6 +42,19 @@ def rankstr() -> str:
     return f"rank_{distributed.get_global_rank()}"
 
 
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """Return all that is there of the checkpoints of a run, with the tag; nobody may be saving.
+
+    Raises:
+        OSError: what saves that were killed have left can not be put right.
+    """
+    layout.clear_leftovers(folder)
+    tag, final = folder / LAST_CHECKPOINT, folder / OLD_FINAL
+    old = [path for path in folder.glob("model_*.pth") if OLD_PERIODIC.fullmatch(path.name)]
+    folders = [path for path, _ in layout.checkpoints(folder)]
+    return [path for path in (tag, final, *sorted(old), *sorted(folders)) if path.exists()]
+
+
 class FSDPCheckpointer:
     """Saves and restores a model together with what else a run needs to continue.
 
