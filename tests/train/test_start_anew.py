@@ -95,6 +95,15 @@ def test_going_back_never_loads_the_run_of_before(tiny, tmp_path, monkeypatch):
     assert "model_final" in names(folder / "before_1")
 
 
+def test_a_restarted_command_goes_on_from_its_own_first_start(tiny, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for count in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        tiny.start(folder, *SHORT, "optim.max_iterations=3", options=("--no-resume",))
+    assert "model_final" in names(folder) and "before_1" not in names(folder)
+
+
 def test_an_export_moves_nothing(tiny, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     FSDPCheckpointer(train.SSLMetaArch(tiny.resolve()), str(folder)).save("model_final", iteration=1)
