@@ -3,7 +3,7 @@
 This is the only place that knows how modules are sharded. Without a process group nothing is.
 """
 
-from dinov2.fsdp.checkpointer import FSDPCheckpointer, rankstr
+from dinov2.fsdp.checkpointer import FSDPCheckpointer, checkpoint_paths, rankstr
 from dinov2.fsdp.grad_scaler import ShardedGradScaler
 from dinov2.fsdp.reading import read_checkpoint
 from dinov2.fsdp.sharding import (
@@ -21,6 +21,7 @@ __all__ = [
     "FSDPCheckpointer",
     "SaveOutcome",
     "ShardedGradScaler",
+    "checkpoint_paths",
     "defer_gradient_reduction",
     "free_if_fsdp",
     "get_fsdp_modules",

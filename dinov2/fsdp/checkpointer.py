@@ -27,7 +27,16 @@ from dinov2.fsdp.state import (
     load_named_optimizer_state,
     named_optimizer_state,
 )
-from dinov2.fsdp.writing import Background, Job, SaveGroup, SaveOutcome, seconds, write
+from dinov2.fsdp.writing import (
+    SEE_OTHER_LOG,
+    Background,
+    Job,
+    Problem,
+    SaveGroup,
+    SaveOutcome,
+    seconds,
+    write,
+)
 
 logger = logging.getLogger("dinov2")
 
@@ -40,6 +49,19 @@ OLD_PERIODIC = re.compile(r"model_\d+\.rank_0\.pth")
 def rankstr() -> str:
     """Return ``rank_<global rank>``, the part of a file name that tells processes apart."""
     return f"rank_{distributed.get_global_rank()}"
+
+
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """Return all that is there of the checkpoints of a run, with the tag; nobody may be saving.
+
+    Raises:
+        OSError: what saves that were killed have left can not be put right.
+    """
+    layout.clear_leftovers(folder)
+    tag, final = folder / LAST_CHECKPOINT, folder / OLD_FINAL
+    old = [path for path in folder.glob("model_*.pth") if OLD_PERIODIC.fullmatch(path.name)]
+    folders = [path for path, _ in layout.checkpoints(folder)]
+    return [path for path in (tag, final, *sorted(old), *sorted(folders)) if path.exists()]
 
 
 class FSDPCheckpointer:
@@ -95,11 +117,14 @@ class FSDPCheckpointer:
         Args:
             name: ``model_<iteration>`` or ``model_final``.
             extra: Further plain values and tensors, such as ``iteration``; those of the main process count.
+
+        Raises:
+            OutputError: The folder has become another run's, on all processes.
         """
         if not self.save_to_disk:
             return
         assert layout.NAME.fullmatch(name), f"{name} is no name of a checkpoint"
-        self.wait()
+        self._stop_if_taken()
         started = seconds()
         shared, own, state = self._collect(extra)
         pieces, problem = {}, ""
@@ -113,13 +138,31 @@ class FSDPCheckpointer:
         def work() -> SaveOutcome:
             try:
                 problem = write(Path(self.save_dir), job, self._group, self._completed, self.may_write)
-            except Exception as error:  # the connection to another process has been lost
-                problem = f"{' '.join(str(error).split())[:200]} (process {distributed.get_global_rank()})"
-            outcome = SaveOutcome(name, job.iteration, problem, stalled, seconds() - started)
+            except Exception as error:  # errors of this process do not come so far
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                here = distributed.get_global_rank()
+                problem = Problem(
+                    f"another process has ended or cannot be reached, told to process {here}: {reason}",
+                    SEE_OTHER_LOG,
+                )
+            text, advice, taken = (
+                ("", "", False) if problem is None else (problem.text, problem.advice, problem.taken)
+            )
+            outcome = SaveOutcome(
+                name, job.iteration, text, stalled, seconds() - started, advice=advice, taken=taken
+            )
             self._report(outcome)
             return outcome
 
         self._background.start(work, wait=not self.asynchronous)
+        if not self.asynchronous:
+            self._stop_if_taken()
+
+    def _stop_if_taken(self) -> None:
+        """Wait for the last save and end the run if the folder was found to be another run's."""
+        outcome = self.wait()
+        if outcome is not None and outcome.taken:
+            raise OutputError(f"this run stops without saving {outcome.name}: {outcome.problem}")
 
     def wait(self, *, must_succeed: bool = False) -> SaveOutcome | None:
         """Wait until no save is running and return how the last one ended, None before the first.
@@ -131,10 +174,12 @@ class FSDPCheckpointer:
             OutputError: it failed, on all processes.
         """
         outcome = self._background.result()
+        if must_succeed and outcome is not None and outcome.taken:
+            raise OutputError(f"this run stops without saving {outcome.name}: {outcome.problem}")
         if must_succeed and outcome is not None and outcome.problem:
             raise OutputError(
                 f"{outcome.name} could not be saved to {self.save_dir} ({outcome.problem}); "
-                f"{self._newest_good(outcome)}: free some space or check the permissions, and start again"
+                f"{self._newest_good(outcome)}: {outcome.advice}"
             )
         return outcome
 
@@ -436,8 +481,17 @@ class FSDPCheckpointer:
 
     def _completed(self, path: Path) -> None:
         """Point at a checkpoint that is complete, and delete those that it makes superfluous."""
-        self.tag_last_checkpoint(path.name)
-        folders = [entry for entry, _ in layout.checkpoints(path.parent) if not entry.name.endswith("final")]
+        try:
+            self.tag_last_checkpoint(path.name)
+        except OutputError as error:
+            # Without a tag the newest is found by its number.
+            logger.warning("%s is saved, but not named as the newest: %s", path, error)
+            Path(self.save_dir, LAST_CHECKPOINT).unlink(missing_ok=True)
+        folders = [
+            entry
+            for entry, number in layout.checkpoints(path.parent)
+            if number != layout.UNREAD and not entry.name.endswith("final")
+        ]
         passing = [entry for entry in [*folders, *self._old_periodic()] if not self._stays(entry)]
         for superfluous in passing[self.max_to_keep :]:
             if superfluous == path:

@@ -7,6 +7,7 @@ numbered in the order in which they were made; clocks play no part.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ from typing import Any
 
 from dinov2.errors import WeightsError
 
+logger = logging.getLogger("dinov2")
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 METADATA = ".metadata"
@@ -25,6 +28,8 @@ FORMAT_VERSION = 1
 NAME = re.compile(r"model_(?:\d+|final)")
 BEING_WRITTEN = ".{}.tmp"
 BEING_REPLACED = ".{}.old"
+# Numbers of checkpoints without one: damaged, and with a manifest that the system does not let read just now.
+DAMAGED, UNREAD = -1, -2
 _BLOCK = 2**22  # bytes hashed at a time
 
 
@@ -142,15 +147,18 @@ def publish(temporary: Path, target: Path) -> None:
     """Give a complete folder its name. One of that name stays until the new one has it.
 
     Raises:
-        OSError: the folders can not be renamed.
+        OSError: the folders can not be renamed. What fails after that is only logged.
     """
     replaced = target.with_name(BEING_REPLACED.format(target.name))
     if target.exists():
         remove(replaced)
         target.rename(replaced)
     temporary.rename(target)
-    sync_folder(target.parent)
-    remove(replaced)
+    try:
+        sync_folder(target.parent)
+        remove(replaced)
+    except OSError as error:
+        logger.warning("%s is there, but what follows has failed: %s", target, error)
 
 
 def remove(path: Path) -> None:
@@ -171,7 +179,9 @@ def remove(path: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[tuple[Path, int]]:
-    """Return the checkpoint folders with their numbers, newest first; unreadable ones last, as number -1.
+    """Return the checkpoint folders with their numbers, newest first; unreadable ones last.
+
+    Those have the number ``DAMAGED``, or ``UNREAD`` where the manifest may be whole.
 
     One that was about to be replaced when the run was killed counts if nothing has its name.
     """
@@ -183,8 +193,10 @@ def checkpoints(folder: Path) -> list[tuple[Path, int]]:
             continue
         try:
             sequence = read_manifest(path).sequence
-        except WeightsError:
-            sequence = -1
+        except WeightsError as error:
+            reason = error.__cause__
+            hidden = isinstance(reason, OSError) and not isinstance(reason, FileNotFoundError)
+            sequence = UNREAD if hidden else DAMAGED
         found.append((path, sequence))
     return sorted(found, key=lambda entry: (entry[1], entry[0].name), reverse=True)
 

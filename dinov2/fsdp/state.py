@@ -1,5 +1,6 @@
 """Between live objects, whose tensors may be sharded, and what a checkpoint holds of them."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -9,6 +10,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dinov2 import distributed
 from dinov2.errors import some_of
+
+logger = logging.getLogger("dinov2")
 
 PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes)
 
@@ -67,22 +70,35 @@ def named_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[Tenso
 def load_named_optimizer_state(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], stored: Mapping[str, Any]
 ) -> None:
-    """Load what :func:`named_optimizer_state` returned; options that were not stored keep their values.
+    """Load the state of each parameter by its name, however parameters are grouped now.
 
-    Raises:
-        ValueError: the parameters are grouped otherwise.
+    The options of the groups stay those of ``optimizer``: they are the present config's. A state of a
+    parameter that is no longer trained is left out with a warning.
+
+    Args:
+        optimizer: of parameters that all have a name.
+        names: parameter -> name.
+        stored: what :func:`named_optimizer_state` returned.
     """
-    stored_groups = {frozenset(group["params"]): group for group in stored["param_groups"]}
-    groups, numbers = [], {}
-    for own in optimizer.param_groups:
-        members = [names[parameter] for parameter in own["params"]]
-        group = stored_groups.get(frozenset(members))
-        if group is None:
-            raise ValueError(f"no stored group of parameters consists of {some_of(members, 3)}")
-        own_numbers = range(len(numbers), len(numbers) + len(members))
-        numbers.update(zip(members, own_numbers, strict=True))
-        groups.append({**own, **group, "params": list(own_numbers)})
-    state = {numbers[name]: values for name, values in stored["state"].items()}
+    members = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = {name: number for number, name in enumerate(members)}
+    groups = [
+        {**group, "params": [numbers[names[parameter]] for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    foreign = stored["state"].keys() - numbers.keys()
+    if foreign:
+        logger.warning(
+            "the optimizer's state of parameters that are not trained now is left out: %s",
+            some_of(sorted(foreign), 3),
+        )
+    new = numbers.keys() - {name for group in stored["param_groups"] for name in group["params"]}
+    if new:
+        logger.warning(
+            "parameters that were not trained before start without an optimizer's state: %s",
+            some_of(sorted(new), 3),
+        )
+    state = {numbers[name]: values for name, values in stored["state"].items() if name in numbers}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -113,8 +129,11 @@ def load_checkpointable(target: Checkpointable, stored: Any) -> None:
         parameters = dict(enumerate(p for group in target.param_groups for p in group["params"]))
         groups = stored["param_groups"]
         if len(groups) == len(target.param_groups):
-            # Options that the storing program did not have yet keep their values.
-            groups = [own | saved for own, saved in zip(target.param_groups, groups, strict=True)]
+            # The options stay: they are the present config's.
+            groups = [
+                own | {"params": saved["params"]}
+                for own, saved in zip(target.param_groups, groups, strict=True)
+            ]
         stored = stored | {
             "param_groups": groups,
             "state": {

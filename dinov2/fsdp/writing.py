@@ -1,12 +1,14 @@
 """Writing one checkpoint folder with all processes, in the foreground or beside the training."""
 
 import json
+import logging
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,32 @@ from dinov2.fsdp import layout
 from dinov2.fsdp.layout import Manifest
 from dinov2.fsdp.staging import Piece, StagedPlanner
 
+logger = logging.getLogger("dinov2")
+
+# One slow write must not end a run, and a group whose message timed out is of no use any more. Processes that
+# die close their connections; those that hang are the watchdog's.
+SAVE_TIMEOUT = timedelta(days=30)
+
+# What helps after a save that failed, for the sentence that ends a run.
+FREE_SPACE = "free some space or check the permissions, and start again"
+START_AGAIN = "start again"
+SEE_OTHER_LOG = "see why that process ended, and start again"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a save failed.
+
+    Attributes:
+        text: for a sentence.
+        advice: what to do.
+        taken: the folder has become another run's.
+    """
+
+    text: str
+    advice: str = START_AGAIN
+    taken: bool = False
+
 
 @dataclass(frozen=True)
 class SaveOutcome:
@@ -32,6 +60,8 @@ class SaveOutcome:
         problem: why there is no such checkpoint; empty if there is.
         stalled_seconds: how long :meth:`FSDPCheckpointer.save` kept this process from training.
         seconds: how long the whole save took.
+        advice: what to do about the problem.
+        taken: the folder has become another run's, in which nothing may be saved any more.
     """
 
     name: str
@@ -39,6 +69,8 @@ class SaveOutcome:
     problem: str
     stalled_seconds: float
     seconds: float
+    advice: str = ""
+    taken: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +89,9 @@ class SaveGroup:
 
     def __init__(self) -> None:
         # gloo, because NCCL would need a GPU and the same order of messages from two threads.
-        self.group = dist.new_group(backend="gloo") if distributed.is_enabled() else None
+        self.group = (
+            dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if distributed.is_enabled() else None
+        )
 
     def gather(self, value: Any) -> list[Any]:
         """Return what every process gave."""
@@ -93,18 +127,23 @@ class _Writer(dcp.FileSystemWriter):
 
 def write(
     folder: Path, job: Job, group: SaveGroup, after: Callable[[Path], None], allowed: Callable[[], None]
-) -> str:
+) -> Problem | None:
     """Write a checkpoint; to be called by all processes.
 
     Args:
         folder: of the checkpoints.
         job: what this process writes.
         group: of the processes.
-        after: called by the main process once the checkpoint has its name, with its path.
-        allowed: called by the main process before anything is written; raises where it must not be.
+        after: called by the main process once the checkpoint has its name, with its path. The checkpoint
+            is there, whatever this raises.
+        allowed: called by the main process before anything is written; raises a UserError where the folder
+            has become another run's.
 
     Returns:
-        why there is no checkpoint, an empty text if there is one; the same on all processes.
+        why there is no checkpoint, None if there is one; the same on all processes.
+
+    Raises:
+        RuntimeError: another process has ended or cannot be reached.
     """
     temporary = folder / layout.BEING_WRITTEN.format(job.name)
     is_main = distributed.is_main_process()
@@ -113,7 +152,10 @@ def write(
         if job.problem:
             raise RuntimeError(job.problem)
         if is_main:
-            allowed()
+            try:
+                allowed()
+            except UserError as error:
+                raise _TakenError(str(error)) from error
             folder.mkdir(parents=True, exist_ok=True)
             layout.clear_leftovers(folder)
             temporary.mkdir()
@@ -140,7 +182,7 @@ def write(
         if is_main:
             manifest = Manifest(
                 name=job.name,
-                sequence=1 + max((number for _, number in layout.checkpoints(folder)), default=0),
+                sequence=1 + max([0, *(number for _, number in layout.checkpoints(folder))]),
                 iteration=job.iteration,
                 world_size=distributed.get_global_size(),
                 files={name: entry for part in parts for name, entry in sorted(part.items())},
@@ -148,31 +190,42 @@ def write(
             )
             layout.write_manifest(temporary, manifest)
             layout.publish(temporary, folder / job.name)
-            after(folder / job.name)
+            try:
+                after(folder / job.name)
+            except Exception as error:
+                logger.warning("%s is saved, but what follows has failed: %s", folder / job.name, error)
 
     problem = _together(group, begin) or _together(group, write_tensors) or _together(group, describe)
-    if not problem:
+    if problem is None:
         parts = group.gather(described[0])
         problem = _together(group, finish)
-    if problem and is_main:
+    if problem is not None and is_main:
         shutil.rmtree(temporary, ignore_errors=True)
     return problem
 
 
-def _together(group: SaveGroup, step: Callable[[], None]) -> str:
+class _TakenError(Exception):
+    """The folder has become another run's."""
+
+
+def _together(group: SaveGroup, step: Callable[[], None]) -> Problem | None:
     """Do a step in every process and return what went wrong in the first that failed."""
-    return next(filter(None, group.gather(_attempt(step))), "")
+    return next((problem for problem in group.gather(_attempt(step)) if problem is not None), None)
 
 
-def _attempt(step: Callable[[], None]) -> str:
+def _attempt(step: Callable[[], None]) -> Problem | None:
+    """Do a step and return what went wrong: whatever it is, the others wait for this process to tell."""
     try:
         step()
-    except dcp.api.CheckpointException as failure:
-        rank, (error, _) = next(iter(failure.failures.items()))
-        return _sentence(error, rank)
-    except (OSError, RuntimeError, ValueError, MemoryError, UserError) as error:
-        return _sentence(error, distributed.get_global_rank())
-    return ""
+    except _TakenError as error:
+        return Problem(str(error), taken=True)
+    except (Exception, dcp.api.CheckpointException) as failure:  # PyTorch's is no Exception
+        error, rank = failure, distributed.get_global_rank()
+        if isinstance(failure, dcp.api.CheckpointException):
+            rank, (error, _) = next(iter(failure.failures.items()))
+        advice = FREE_SPACE if isinstance(error, OSError) else START_AGAIN
+        return Problem(_sentence(error, rank), advice)
+    return None
 
 
 def _sentence(error: BaseException, rank: int) -> str:

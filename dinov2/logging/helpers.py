@@ -1,8 +1,11 @@
 """Meters: smoothed values, the progress line and the JSON lines of a run."""
 
+import contextlib
+import errno
 import json
 import logging
 import math
+import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 
 from dinov2 import distributed
+from dinov2.errors import counted
 
 logger = logging.getLogger("dinov2")
 
@@ -92,6 +96,7 @@ class MetricLogger:
         self.meters: defaultdict[str, SmoothedValue] = defaultdict(SmoothedValue)
         self.delimiter = delimiter
         self.output_file = output_file
+        self._rows_lost = 0  # since the file could last be written
 
     def update(self, **scalars: float | torch.Tensor) -> None:
         """Add one value to each named meter; 0-d tensors are read off their device."""
@@ -141,15 +146,27 @@ class MetricLogger:
         """Append one JSON line: iteration, seconds per iteration and of waiting for data, window medians.
 
         Upstream's fields come first and in its order; ``extra`` follows. Values that are not finite, which
-        JSON cannot express, are written as null.
+        JSON cannot express, are written as null. A row that cannot be written is lost, with a warning for the
+        first of several.
         """
         if self.output_file is None or not distributed.is_main_process():
             return
         medians = {name: meter.median for name, meter in self.meters.items()}
         row = {"iteration": iteration, "iter_time": iter_time, "data_time": data_time} | medians | extra
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        with Path(self.output_file).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+        line = json.dumps(finite, allow_nan=False) + "\n"
+        try:
+            _append_line(Path(self.output_file), line.encode())
+        except OSError as error:
+            if not self._rows_lost:
+                logger.warning("rows are missing in %s from now on: %s", self.output_file, error)
+            self._rows_lost += 1
+            return
+        if self._rows_lost:
+            logger.warning(
+                "%s can be written again; %s missing", self.output_file, counted(self._rows_lost, "row")
+            )
+            self._rows_lost = 0
 
     def log_every(
         self,
@@ -205,6 +222,19 @@ class MetricLogger:
             _clock(elapsed),
             elapsed / max(done, 1),
         )
+
+
+def _append_line(path: Path, line: bytes) -> None:
+    """Append a whole line or nothing; a full disk may take a part of it."""
+    with path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise
 
 
 class _ProgressLine:

@@ -14,7 +14,9 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         add_help=add_help,
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML with changes to the default")
-    parser.add_argument("--no-resume", action="store_true", help="start anew even if checkpoints exist")
+    parser.add_argument(
+        "--no-resume", action="store_true", help="start anew; checkpoints of before move to before_<n>/"
+    )
     parser.add_argument(
         "--resume-anyway",
         action="store_true",

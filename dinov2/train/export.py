@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2 import distributed
+from dinov2.errors import OutputError
 from dinov2.fsdp.files import write_atomically
 from dinov2.fsdp.state import gather
 from dinov2.models.checkpoint_names import CENTERS, HEADS, checkpoint_name
@@ -19,9 +20,9 @@ def export_networks(
 ) -> None:
     """Write ``{teacher,student}_checkpoint.pth`` and one file per network and head, from rank 0.
 
-    All ranks must call. Tensors are whole and on the CPU. The layouts are those of DINOv2 and its forks:
-    ``{"teacher": {"backbone.*", "dino_head.*"}}`` and ``{"teacher_dino_head": {...}}``, likewise for the
-    student and, where it is separate, the iBOT head.
+    All ranks must call, and all learn how it ended. Tensors are whole and on the CPU. The layouts are those
+    of DINOv2 and its forks: ``{"teacher": {"backbone.*", "dino_head.*"}}`` and ``{"teacher_dino_head":
+    {...}}``, likewise for the student and, where it is separate, the iBOT head.
 
     Args:
         student: submodules by name.
@@ -31,19 +32,28 @@ def export_networks(
             exactly; written to a file of their own.
 
     Raises:
-        OutputError: the disk is full or the folder cannot be written.
+        OutputError: the disk is full or the folder cannot be written; on all ranks, after the last file.
     """
+    problems = []
     for network, modules in (("teacher", teacher), ("student", student)):
-        _save({network: plain_state_dict(modules)}, folder / checkpoint_name(network))
+        problems += _save({network: plain_state_dict(modules)}, folder / checkpoint_name(network))
         for head in HEADS:
             if head in modules:
                 name = f"{network}_{head}"
-                _save({name: modules[head].state_dict()}, folder / checkpoint_name(name))
+                problems += _save({name: modules[head].state_dict()}, folder / checkpoint_name(name))
     if centers:
-        _save(centers, folder / checkpoint_name(CENTERS))
+        problems += _save(centers, folder / checkpoint_name(CENTERS))
+    problem = distributed.broadcast_object(problems[0] if problems else "")
+    if problem:
+        raise OutputError(problem)
 
 
-def _save(content: dict[str, Any], path: Path) -> None:
+def _save(content: dict[str, Any], path: Path) -> list[str]:
+    """Write a file from rank 0 and return what went wrong there: no rank may leave the others gathering."""
     whole = gather(content, path.stem)
     if distributed.is_main_process():
-        write_atomically(path, partial(torch.save, whole))
+        try:
+            write_atomically(path, partial(torch.save, whole))
+        except OutputError as error:
+            return [str(error)]
+    return []

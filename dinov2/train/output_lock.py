@@ -61,13 +61,18 @@ class OutputLock:
         """Make sure in the main process that no other run has taken the directory over.
 
         Raises:
-            OutputError: it has, because this one seemed dead.
+            OutputError: it has, because this one seemed dead, or the lock was deleted.
+            OSError: the lock cannot be read.
         """
-        if self._lock is not None and not self._lock.owned():
-            raise OutputError(
-                f"another run has taken over {self._lock.path.parent} while this one did not show that it "
-                f"lives: {self._lock.holder()}"
-            )
+        if self._lock is None or self._lock.owned():
+            return
+        folder = self._lock.path.parent
+        if not self._lock.path.exists():
+            raise OutputError(f"the lock {self._lock.path} was deleted, perhaps by another run in {folder}")
+        raise OutputError(
+            f"another run has taken over {folder} while this one did not show that it lives: "
+            f"{self._lock.holder()}"
+        )
 
     def release(self) -> None:
         """Give the directory back."""
@@ -75,7 +80,10 @@ class OutputLock:
         if self._renewing is not None:
             self._renewing.join()
         if self._lock is not None:
-            self._lock.release()
+            try:
+                self._lock.release()
+            except OSError as error:
+                logger.warning("the lock of the output directory cannot be given back: %s", error)
         self._lock = self._renewing = None
 
     def __enter__(self) -> "OutputLock":
@@ -121,9 +129,12 @@ class OutputLock:
         while not self._stop.wait(RENEW_SECONDS):
             try:
                 if not self._lock.renew():
-                    logger.error("the lock %s is no longer that of this run", self._lock.path)
+                    logger.error(
+                        "the lock %s is no longer that of this run, which stops at its next save",
+                        self._lock.path,
+                    )
                     return
-            except OutputError as error:
+            except OSError as error:  # a file server may be away for a while
                 logger.warning("the lock of the output directory is not renewed: %s", error)
 
 

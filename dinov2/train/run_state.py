@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from dinov2 import distributed
 from dinov2.data.data_order import DataOrder
+from dinov2.errors import OutputError
 from dinov2.fsdp import FSDPCheckpointer
 from dinov2.train.export import export_networks
 from dinov2.train.same_config import require_same_config, settings_of
@@ -22,7 +23,11 @@ METRICS_FILE = "training_metrics.json"
 
 
 def do_test(cfg: DictConfig, model: SSLMetaArch, iteration: str | int) -> None:
-    """Export teacher and student to ``<output_dir>/eval/<iteration>``, e.g. ``training_9999``."""
+    """Export teacher and student to ``<output_dir>/eval/<iteration>``, e.g. ``training_9999``.
+
+    Raises:
+        OutputError: it cannot be written, on all processes.
+    """
     folder = Path(cfg.train.output_dir) / "eval" / str(iteration)
     centers = None
     if cfg.train.centering == "centering":
@@ -92,7 +97,10 @@ def restore(
 
 
 def drop_rows_from(path: Path, iteration: int) -> None:
-    """Take rows out of a metrics file whose iterations are done again, and one that a kill cut short."""
+    """Take rows out of a metrics file whose iterations are done again, and one that a kill cut short.
+
+    A file that cannot be written keeps them, with a warning.
+    """
     if not path.is_file():
         return
     lines = path.read_bytes().splitlines(keepends=True)
@@ -101,8 +109,11 @@ def drop_rows_from(path: Path, iteration: int) -> None:
         return
     logger.info("%d rows of %s are written again", len(lines) - len(kept), path)
     aside = path.with_name(f".{path.name}.part")
-    aside.write_bytes(b"".join(kept))
-    aside.replace(path)
+    try:
+        aside.write_bytes(b"".join(kept))
+        aside.replace(path)
+    except OSError as error:
+        logger.warning("the rows that are written again stay in %s: %s", path, error)
 
 
 def _iteration_of(line: bytes) -> float:
@@ -123,7 +134,7 @@ def save_if_due(
     order: DataOrder,
     healthy: bool = True,
 ) -> bool:
-    """Export and checkpoint after the zero-based ``iteration``, by their periods and at the end.
+    """Checkpoint and export after the zero-based ``iteration``, by their periods and at the end.
 
     After a step that was skipped no periodic checkpoint is written: a run whose steps keep failing goes back
     to one from before that.
@@ -132,12 +143,10 @@ def save_if_due(
         Whether a checkpoint was begun.
 
     Raises:
-        OutputError: the checkpoint of the end cannot be written. One before it may fail, see the log.
+        OutputError: the checkpoint or the export of the end cannot be written, on all processes. One before
+            may fail, see the log.
     """
     done = iteration + 1
-    export_period = cfg.evaluation.eval_period_iterations
-    if export_period > 0 and (done % export_period == 0 or is_last):
-        do_test(cfg, model, f"training_{iteration}")
     period = cfg.checkpointing.period or 3 * cfg.train.OFFICIAL_EPOCH_LENGTH
     keep_every = cfg.checkpointing.keep_every
     periodic = done % period == 0 or (keep_every and done % keep_every == 0)
@@ -146,6 +155,17 @@ def save_if_due(
         save_now(cfg, model, checkpointer, iteration, order, is_last=is_last)
     if is_last:
         checkpointer.wait(must_succeed=True)
+    export_period = cfg.evaluation.eval_period_iterations
+    if export_period > 0 and (done % export_period == 0 or is_last):
+        try:
+            do_test(cfg, model, f"training_{iteration}")
+        except OutputError as error:  # on all processes
+            if is_last:
+                raise
+            if distributed.is_main_process():
+                logger.error(
+                    "the export after iteration %d has failed, the run goes on: %s", iteration, error
+                )
     return due
 
 

@@ -59,7 +59,8 @@ MATTERS = (
 )
 
 # Decide how fast, where and how safely the same is computed, or nothing. The number of processes and
-# optim.accumulate_steps count as their product, see require_same_config; optim.lr follows from other keys.
+# optim.accumulate_steps count as their product, see require_same_config; optim.lr follows from other keys,
+# unless optim.scaling_rule is none: then it is compared, too.
 FREE = (
     "compute_precision.hybrid_shard_size",
     *(
@@ -137,8 +138,10 @@ def require_same_config(
 
 def _differing_keys(cfg: DictConfig, stored: Mapping[str, Any]) -> Iterator[str]:
     present = OmegaConf.to_container(cfg, resolve=True)
+    # Where the rules differ, that is told instead.
+    rules = {_lookup(values, "optim.scaling_rule", "") for values in (stored, present)}
     for path, key in KEYS.items():
-        if not matches(path, MATTERS):
+        if not (matches(path, MATTERS) or (path == "optim.lr" and rules == {"none"})):
             continue
         # A key that the program did not have yet meant what is its default now.
         before, now = (_plain(_lookup(values, path, key.default)) for values in (stored, present))

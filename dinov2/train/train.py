@@ -44,6 +44,7 @@ from dinov2.train.self_check import enforce, run_self_check
 from dinov2.train.sharding import require_equal_groups
 from dinov2.train.show_crops import show_crops
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.start_anew import set_aside, start_anew
 from dinov2.train.step import NonFiniteLossError, train_step
 from dinov2.train.watchdog import Watchdog
 from dinov2.utils.config import setup, write_config
@@ -81,7 +82,8 @@ def do_train(
     Args:
         cfg: resolved config, learning rate scaled.
         model: networks to train.
-        resume: continue from the newest checkpoint in the output directory.
+        resume: continue from the newest checkpoint in the output directory; else checkpoints there are moved
+            into a sub-folder.
         dataset: training set, if it is open already; by default the one the config names.
         resume_anyway: continue although the config differs in what decides the result.
         lock: that of the output directory, which is looked at before every checkpoint.
@@ -102,6 +104,8 @@ def do_train(
         DataLoadingError: a data loading process died or gave nothing for ``train.worker_timeout`` seconds.
     """
     stop, watch = stop or StopRequest(), watch or Watchdog(cfg.train.process_timeout)
+    if not resume:
+        set_aside(cfg)
     model.train()
     dataset = build_dataset(cfg) if dataset is None else dataset
     require_same_length(dataset)
@@ -202,12 +206,21 @@ def main(args: argparse.Namespace) -> None:
     with StopRequest() as stop, OutputLock() as lock:
         # do_train writes the config, once the length of the run is settled. An export only reads.
         cfg = setup(args, write=False, claim=None if args.eval_only else lock.claim)
+        resume = not args.no_resume
+        if args.no_resume and not args.eval_only:
+            resume = start_anew(cfg)  # at once: launchers that start the job again repeat the option
         with Watchdog(cfg.train.process_timeout) as watch:
-            _run(args, cfg, lock, stop, watch)
+            _run(args, cfg, lock, stop, watch, resume=resume)
 
 
 def _run(
-    args: argparse.Namespace, cfg: DictConfig, lock: OutputLock, stop: StopRequest, watch: Watchdog
+    args: argparse.Namespace,
+    cfg: DictConfig,
+    lock: OutputLock,
+    stop: StopRequest,
+    watch: Watchdog,
+    *,
+    resume: bool,
 ) -> None:
     """Train or export, in the output directory that belongs to this run meanwhile."""
     if args.eval:
@@ -224,12 +237,12 @@ def _run(
     model.prepare_for_distributed_training()
     logger.info("%s", model.precision.describe())
     if args.eval_only:
-        export_only(cfg, model, resume=not args.no_resume)
+        export_only(cfg, model, resume=resume)
     else:
         do_train(
             cfg,
             model,
-            resume=not args.no_resume,
+            resume=resume,
             dataset=dataset,
             resume_anyway=args.resume_anyway,
             lock=lock,

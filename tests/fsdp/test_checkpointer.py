@@ -207,25 +207,59 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, state, expected):
         checkpointer(tmp_path).load(str(tmp_path / "other.pth"))
 
 
-def test_an_optimizer_of_another_shape_is_refused(tmp_path):
+def test_the_optimizers_state_is_found_by_name_and_its_options_are_those_of_now(tmp_path, caplog):
+    saver = checkpointer(tmp_path)
+    train(saver.model, saver.checkpointables["optimizer"], 2)
+    saver.save("model_final")
+    model, _ = build(seed=1)
+    # Grouped otherwise, in another order, with other options; the batch norm is no longer trained.
+    groups = [
+        {"params": list(model[2].parameters()), "betas": (0.5, 0.9), "lr_multiplier": 0.1},
+        {"params": list(model[0].parameters()), "is_backbone": True},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.25)
+    FSDPCheckpointer(model, str(tmp_path), optimizer=optimizer).resume_or_load()
+    assert "not trained now is left out: 1.bias, 1.weight" in caplog.text
+    first, second = optimizer.param_groups
+    assert (first["betas"], first["lr_multiplier"], first["lr"]) == ((0.5, 0.9), 0.1, 0.25)
+    assert second["is_backbone"] is True and second["betas"] == (0.9, 0.999)
+    stored = {name: saver.checkpointables["optimizer"].state[p] for name, p in saver.model.named_parameters()}
+    own = dict(model.named_parameters())
+    for name in ("0.weight", "0.bias", "2.weight", "2.bias"):
+        assert torch.equal(optimizer.state[own[name]]["exp_avg_sq"], stored[name]["exp_avg_sq"])
+    assert len(optimizer.state) == 4
+
+
+def test_parameters_that_are_trained_only_now_are_named(tmp_path, caplog):
     model, _ = build()
     FSDPCheckpointer(model, str(tmp_path), optimizer=torch.optim.AdamW(model[0].parameters())).save(
         "model_final"
     )
+    checkpointer(tmp_path).resume_or_load()
+    assert "start without an optimizer's state: 1.bias, 1.weight, 2.bias and 1 more" in caplog.text
+
+
+def test_options_in_a_file_of_one_piece_give_way_too(tmp_path):
+    saver = checkpointer(tmp_path)
+    train(saver.model, saver.checkpointables["optimizer"], 1)
+    state = {name: value.state_dict() for name, value in saver.checkpointables.items()}
+    torch.save({"model": saver.model.state_dict(), **state}, tmp_path / "model_final.rank_0.pth")
+    newer = checkpointer(tmp_path)
+    optimizer = newer.checkpointables["optimizer"]
+    optimizer.param_groups[0] |= {"betas": (0.5, 0.9), "lr": 0.25}
+    newer.resume_or_load()
+    (group,) = optimizer.param_groups
+    assert (group["betas"], group["lr"]) == ((0.5, 0.9), 0.25)
+    assert len(optimizer.state) == 6
+
+
+def test_an_optimizer_in_a_file_of_one_piece_that_has_other_groups_is_refused(tmp_path):
+    saver = checkpointer(tmp_path)
+    state = torch.optim.AdamW(saver.model[0].parameters()).state_dict()
+    content = {"model": saver.model.state_dict(), "optimizer": state}
+    torch.save(content, tmp_path / "model_final.rank_0.pth")
     with pytest.raises(WeightsError, match="does not fit this run"):
         checkpointer(tmp_path).resume_or_load()
-
-
-def test_options_that_the_file_does_not_know_keep_their_values(tmp_path):
-    saver = checkpointer(tmp_path)
-    saver.checkpointables["optimizer"].param_groups[0]["lr"] = 0.5
-    saver.save("model_final")
-    newer = checkpointer(tmp_path)
-    (group,) = newer.checkpointables["optimizer"].param_groups
-    group["is_backbone"] = True
-    newer.resume_or_load()
-    (group,) = newer.checkpointables["optimizer"].param_groups
-    assert group["is_backbone"] is True and group["lr"] == 0.5
 
 
 def test_what_a_safe_load_would_refuse_is_not_saved(tmp_path):

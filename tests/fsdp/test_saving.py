@@ -1,6 +1,7 @@
 """Saves beside the training, saves that fail, and folders that are not what they seem."""
 
 import contextlib
+import errno
 import logging
 import os
 import pickle
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -123,14 +125,109 @@ def test_a_target_that_has_become_read_only_is_survived_and_refused_at_the_start
             saver.rehearse()
 
 
-def test_a_folder_that_another_run_has_taken_is_not_written(tmp_path):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_folder_that_another_run_has_taken_is_not_written_and_the_run_stops(tmp_path, asynchronous):
     def refuse():
         raise OutputError("another run has taken over")
 
-    saver = saver_of(tmp_path, may_write=refuse)
-    saver.save("model_0000001", iteration=1)
-    assert saver.wait().problem == "another run has taken over"
+    saver = saver_of(tmp_path, may_write=refuse, asynchronous=asynchronous)
+    stops = pytest.raises(OutputError, match="stops without saving model_0000001: another run has taken over")
+    if asynchronous:
+        saver.save("model_0000001", iteration=1)
+        with pytest.raises(OutputError, match="stops without saving"):
+            saver.wait(must_succeed=True)
+        with stops:
+            saver.save("model_0000002", iteration=2)
+    else:
+        with stops:
+            saver.save("model_0000001", iteration=1)
     assert names(tmp_path) == []
+
+
+def test_a_lock_that_cannot_be_read_fails_the_save_only(tmp_path):
+    def stale():
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    saver = saver_of(tmp_path, may_write=stale)
+    saver.save("model_0000001", iteration=1)
+    assert "Stale file handle" in saver.wait().problem
+    saver.may_write = lambda: None
+    saver.save("model_0000002", iteration=2)
+    assert saver.wait(must_succeed=True).problem == ""
+
+
+def test_any_error_of_a_step_is_told_to_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "describe_files", lambda *_: {}["of a kind nobody thought of"])
+    saver = saver_of(tmp_path)
+    saver.save("model_0000001", iteration=1)
+    assert "of a kind nobody thought of" in saver.wait().problem and "(process 0)" in saver.wait().problem
+    with pytest.raises(OutputError, match="no checkpoint of this run: start again"):
+        saver.wait(must_succeed=True)
+    assert names(tmp_path) == []
+
+
+def test_a_checkpoint_whose_tag_cannot_be_written_is_there_and_the_newest(tmp_path, monkeypatch, caplog):
+    saver = saver_of(tmp_path)
+    saver.save("model_0000001", iteration=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(saver, "tag_last_checkpoint", _no_space)
+        saver.save("model_0000002", iteration=2)
+    assert saver.wait(must_succeed=True).problem == ""
+    assert "model_0000002 is saved, but not named as the newest" in caplog.text
+    assert saver.resume_or_load()["iteration"] == 2
+
+
+def _no_space(*_):
+    raise OutputError("No space left")
+
+
+def test_what_fails_after_the_renaming_does_not_undo_it(tmp_path, monkeypatch, caplog):
+    saver = saver_of(tmp_path)
+    monkeypatch.setattr(saver, "_stays", lambda _: 1 / 0)
+    saver.save("model_0000001", iteration=1)
+    assert saver.wait().problem == "" and "division by zero" in caplog.text
+    real, synced = layout.sync_folder, []
+
+    def sync(folder):
+        synced.append(folder)
+        if folder == tmp_path:
+            raise OSError(errno.EIO, "Input/output error")
+        real(folder)
+
+    monkeypatch.setattr(layout, "sync_folder", sync)
+    saver.save("model_final", iteration=2)
+    assert saver.wait().problem == "" and "Input/output error" in caplog.text and tmp_path in synced
+    assert saver.resume_or_load()["iteration"] == 2
+
+
+def test_a_manifest_that_cannot_be_read_just_now_does_not_cost_its_checkpoint(tmp_path, monkeypatch):
+    saver = saver_of(tmp_path, max_to_keep=1)
+    saver.save("model_0000001", iteration=1)
+    real = Path.read_bytes
+
+    def read(path):
+        if path.parent.name == "model_0000001":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read)
+        for iteration in (2, 3):
+            saver.save(f"model_{iteration:07d}", iteration=iteration)
+    assert names(tmp_path) == ["last_checkpoint.rank_0", "model_0000001", "model_0000003"]
+
+
+def test_another_process_that_is_lost_is_told_as_that(tmp_path, monkeypatch):
+    saver = saver_of(tmp_path)
+
+    def lost(value):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(saver._group, "gather", lost)
+    saver.save("model_final", iteration=1)
+    with pytest.raises(OutputError, match="another process has ended .*Connection closed by peer") as caught:
+        saver.wait(must_succeed=True)
+    assert "see why that process ended" in str(caught.value) and "space" not in str(caught.value)
 
 
 def test_a_name_that_exists_is_replaced_and_a_kill_in_between_loses_nothing(tmp_path):
@@ -206,6 +303,7 @@ def _save_together(folder):
     """Training's collectives go on while a save runs; a failure of one process is that of all."""
     rank = distributed.get_global_rank()
     saver = saver_of(folder, asynchronous=True)
+    assert saver._group.group._get_backend(torch.device("cpu")).options._timeout > timedelta(days=1)
     torch.manual_seed(rank)
     drawn = torch.rand(3)  # after the generators were stored
     torch.manual_seed(rank)

@@ -1,5 +1,6 @@
 """Meters, the progress loop, its JSON lines, and their agreement over two processes."""
 
+import io
 import itertools
 import json
 import logging
@@ -103,6 +104,36 @@ def test_a_value_that_is_not_finite_leaves_the_row_valid_json(tmp_path):
 
     row = json.loads((tmp_path / "m.json").read_text(), parse_constant=refuse)
     assert row == {"iteration": 3, "iter_time": None, "data_time": 0.5, "loss": None}
+
+
+def test_a_full_disk_loses_rows_and_warns_once_each_way(tmp_path, caplog):
+    path = tmp_path / "m.json"
+    path.symlink_to("/dev/full")
+    metrics = MetricLogger(output_file=str(path))
+    for iteration in range(3):
+        metrics.dump_in_output_file(iteration, 1.0, 0.5)
+    (warning,) = caplog.messages
+    assert "No space left" in warning and str(path) in warning
+    path.unlink()
+    for iteration in (3, 4):
+        metrics.dump_in_output_file(iteration, 1.0, 0.5)
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [3, 4]
+    assert caplog.messages[1:] == [f"{path} can be written again; 3 rows missing"]
+
+
+def test_a_row_that_only_fits_in_part_is_taken_back(tmp_path, monkeypatch):
+    class Short(io.FileIO):
+        def write(self, data):
+            return super().write(bytes(data)[:4])
+
+    path = tmp_path / "m.json"
+    metrics = MetricLogger(output_file=str(path))
+    metrics.dump_in_output_file(0, 1.0, 0.5)
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "open", lambda self, mode, **_: Short(self, "a"))
+        metrics.dump_in_output_file(1, 1.0, 0.5)
+    assert path.read_bytes() == before
 
 
 def test_the_long_line_shows_every_meter(caplog):

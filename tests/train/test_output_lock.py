@@ -1,9 +1,11 @@
 """One run per output directory: refusal, takeover, release."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -92,4 +94,42 @@ def test_a_run_whose_directory_was_taken_over_writes_no_checkpoint(tmp_path):
         lock.claim(str(tmp_path))
         write_lock(tmp_path)
         with pytest.raises(OutputError, match="another run has taken over"):
+            lock.check()
+
+
+def test_a_file_server_that_is_away_does_not_end_the_renewal(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(output_lock, "RENEW_SECONDS", 0.02)
+    with OutputLock() as lock:
+        lock.claim(str(tmp_path))
+        tries, again = [], threading.Event()
+
+        def renew():
+            tries.append(len(tries))
+            if len(tries) == 1:
+                raise OSError(errno.ESTALE, "Stale file handle")
+            again.set()
+            return True
+
+        monkeypatch.setattr(lock._lock, "renew", renew)
+        assert again.wait(60)
+    assert "is not renewed" in caplog.text and "Stale file handle" in caplog.text
+
+
+def test_a_lock_that_cannot_be_given_back_is_only_logged(tmp_path, monkeypatch, caplog):
+    lock = OutputLock()
+    lock.claim(str(tmp_path))
+
+    def stale():
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(lock._lock, "release", stale)
+    lock.release()
+    assert "cannot be given back" in caplog.text
+
+
+def test_a_deleted_lock_is_told_as_that(tmp_path):
+    with OutputLock() as lock:
+        lock.claim(str(tmp_path))
+        (tmp_path / FILE_NAME).unlink()
+        with pytest.raises(OutputError, match="was deleted"):
             lock.check()

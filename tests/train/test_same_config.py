@@ -32,6 +32,13 @@ def test_the_same_config_and_what_does_not_matter_pass():
     require_same_config(config(train__num_workers=3, checkpointing__period=7, optim__lr=0.5), 2, stored)
 
 
+def test_a_learning_rate_that_is_taken_as_it_is_matters():
+    stored = settings_of(config(optim__scaling_rule="none", optim__lr=0.002), 1)
+    require_same_config(config(optim__scaling_rule="none", optim__lr=0.002), 1, stored)
+    with pytest.raises(ConfigError, match=r"optim.lr was 0.002 and is 0.001"):
+        require_same_config(config(optim__scaling_rule="none", optim__lr=0.001), 1, stored)
+
+
 def test_every_difference_is_named_with_both_values(caplog):
     stored = settings_of(config(), 1)
     cfg = config(train__seed=5, dino__loss_weight=0.5)
