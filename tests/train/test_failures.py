@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,12 @@ import torch
 
 from dinov2.cli import EXIT_START_AGAIN
 from dinov2.errors import Interrupted
+from dinov2.train import loop
 from dinov2.train.preemption import SIGNALS, StopRequest
+from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.step import NonFiniteLossError
 from dinov2.train.watchdog import FAILED, Observation, Record, judge
+from tests.checkpoints import read_state
 from tests.conftest import REPO
 from tests.distributed.launch import free_port, torchrun_variables
 
@@ -68,7 +73,7 @@ class Processes:
 
 
 def state(folder, name="model_final"):
-    return torch.load(Path(folder) / f"{name}.rank_0.pth", weights_only=True)
+    return read_state(Path(folder) / name)
 
 
 def same(first, second):
@@ -76,7 +81,7 @@ def same(first, second):
 
 
 def checkpoints(folder):
-    return sorted(path.name for path in Path(folder).glob("model_*.pth"))
+    return sorted(path.name for path in Path(folder).glob("model_*"))
 
 
 LONG = ("optim.max_iterations=12", "checkpointing.period=100")
@@ -99,7 +104,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(tiny, tmp_pat
     assert status == EXIT_START_AGAIN, errors
     assert f"stopped: the signal {number.name} came; the run is saved after iteration" in errors
     (saved,) = checkpoints(tmp_path / "run")
-    assert saved != "model_final.rank_0.pth"
+    assert saved != "model_final"
 
     tiny.start(tmp_path / "run", *QUIET, *LONG)
     tiny.start(tmp_path / "whole", *QUIET, *LONG)
@@ -122,7 +127,7 @@ def test_torchrun_passes_signals_on_and_two_processes_stop_together(tiny, tmp_pa
     assert launcher.returncode != 0
     assert f"stopped: the signal {number.name} came; the run is saved" in errors, errors[-3000:]
     (saved,) = checkpoints(tmp_path / "run")
-    assert saved != "model_final.rank_0.pth"
+    assert saved != "model_final"
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny, tmp_path):
@@ -302,8 +307,8 @@ def test_a_bad_batch_is_skipped_and_counted(tiny, tmp_path, count):
     assert final["metrics"]["skipped_steps"]["total"] == 1
     assert final["metrics"]["total_loss"]["count"] == 5
     assert all(value.isfinite().all() for value in final["model"].values())
-    assert "model_0000003.rank_0.pth" not in checkpoints(tmp_path / "run")
-    assert "model_0000004.rank_0.pth" in checkpoints(tmp_path / "run")
+    assert "model_0000003" not in checkpoints(tmp_path / "run")
+    assert "model_0000004" in checkpoints(tmp_path / "run")
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -334,3 +339,33 @@ def test_a_gradient_is_traced_to_its_module(tiny, tmp_path):
         failure_worker.poison_gradient("backbone.blocks.1.mlp.fc1", tiny, tmp_path / "run", *QUIET, *options)
     assert "there is no checkpoint to go back to" in str(caught.value)
     assert "the gradient at student.backbone.blocks.1.mlp.fc1" in str(caught.value)
+
+
+def test_a_fault_of_one_moment_is_not_blamed_on_the_batch(tiny, tmp_path, monkeypatch):
+    real, calls = SSLMetaArch.backprop_loss, count()
+
+    def faulty_once(model, loss):
+        real(model, loss * float("nan") if next(calls) == 0 else loss)
+
+    monkeypatch.setattr(SSLMetaArch, "backprop_loss", faulty_once)
+    with pytest.raises(NonFiniteLossError, match="gave finite losses and gradients on every rank"):
+        tiny.start(tmp_path / "run", *QUIET, "train.max_bad_steps=1")
+
+
+def test_skipped_steps_are_counted_since_the_start_of_the_run(tiny, tmp_path, monkeypatch):
+    real, calls = loop.train_step, count(1)
+
+    def misbehaving(*arguments, **options):
+        number = next(calls)
+        if number == 4:
+            raise RuntimeError("enough")
+        result = real(*arguments, **options)
+        return replace(result, problem="a loss is not finite") if number in (2, 6, 7) else result
+
+    monkeypatch.setattr(loop, "train_step", misbehaving)
+    run = (tmp_path / "run", *QUIET, "checkpointing.period=1", "train.max_bad_steps=2")
+    with pytest.raises(RuntimeError, match="enough"):
+        tiny.start(*run)
+    tiny.start(*run)  # skips iterations 4 and 5, and goes back to 4
+    assert "goes back to iteration 4" in (tmp_path / "run" / "logs" / "log.txt").read_text()
+    assert [row["skipped_steps"] for row in rows(tmp_path / "run")] == [0, 1, 1, 1, 3, 3]
