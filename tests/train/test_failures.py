@@ -5,21 +5,23 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
+from dinov2 import cli
 from dinov2.cli import EXIT_START_AGAIN
 from dinov2.errors import Interrupted
 from dinov2.train import loop
 from dinov2.train.preemption import SIGNALS, StopRequest
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.step import NonFiniteLossError
-from dinov2.train.watchdog import FAILED, Observation, Record, judge
+from dinov2.train.watchdog import ENDED, FAILED, VERDICT, Observation, Record, Watchdog, judge
 from tests.checkpoints import read_state
 from tests.conftest import REPO
 from tests.distributed.launch import free_port, torchrun_variables
@@ -287,6 +289,102 @@ def test_the_dead_are_named_before_those_who_failed_because_of_them():
     members = [observe(0, state=FAILED, why="lost"), observe(1)]
     found = judge(members, 200.0, 1e9, alive=lambda process: process["pid"] != 11)
     assert found == "rank 1 (process 11 on node) has died; it was here"
+
+
+def watch_over_two(limit=1800.0):
+    """The watchdog of rank 0 with a store in this process, in which rank 1 of another machine is running."""
+    watch = Watchdog(limit)
+    watch._store, watch._keys = torch.distributed.HashStore(), ["rank_0", "rank_1"]
+    watch._store.set(VERDICT, "")
+    watch._write()
+    answer(watch._store, 0)
+    watch._observed = watch._first_look()
+    return watch
+
+
+def answer(store, beat, state="running"):
+    record = Record(1, {"pid": 11, "host": "another"}, beat=beat, phase="here", state=state)
+    store.set("rank_1", json.dumps(asdict(record)))
+
+
+def test_who_waits_to_hear_why_a_collective_failed_waits_until_a_silence_tells():
+    watch, waited = watch_over_two(), []
+
+    def wait(seconds):
+        waited.append(seconds)
+        later = max(seen.beat_at for seen in watch._observed) + seconds
+        watch._observed[0].beat_at = later  # its own thread goes on
+        watch._verdict = judge(watch._observed, later, watch.limit, silence=watch.urgent_silence)
+
+    watch._judged.wait = wait
+    told = watch._explain(RuntimeError("gloo: connection closed by peer"))
+    assert told.startswith("rank 1 (process 11 on another) has not answered for 33 s")
+    assert waited == [33.0]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_all_are_said_to_answer_only_if_they_do(answers):
+    watch = watch_over_two()
+
+    def wait(seconds):
+        answer(watch._store, int(answers))
+        watch._write()
+        for seen, record in zip(watch._observed, watch._read()[1], strict=True):
+            seen.update(record, time.monotonic())
+
+    watch._judged.wait = wait
+    told = watch._explain(RuntimeError("gloo: connection closed by peer"))
+    assert "the processes lost each other" in told
+    assert ("though all of them still answer" in told) == answers
+
+
+def test_no_phase_is_lost_to_the_thread_that_writes():
+    watch, done = watch_over_two(), threading.Event()
+
+    def write():
+        while not done.is_set():
+            watch._write()
+
+    writer = threading.Thread(target=write)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        writer.start()
+        for number in range(3000):
+            watch.phase(f"at {number}")
+    finally:
+        done.set()
+        writer.join()
+        sys.setswitchinterval(interval)
+    assert watch._record.phase_number == 3000
+
+
+@pytest.mark.parametrize("launcher_holds_the_store", [False, True])
+def test_who_fails_alone_with_the_store_stays_until_the_others_have_heard(
+    monkeypatch, launcher_holds_the_store
+):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(launcher_holds_the_store))
+    watch, reads = watch_over_two(), []
+
+    def read():
+        reads.append(Watchdog._read(watch))
+        if len(reads) == 2:
+            answer(watch._store, 1, ENDED)
+        return reads[-1]
+
+    watch._read = read
+    watch._farewell(FAILED, "bad luck")
+    assert len(reads) == (0 if launcher_holds_the_store else 3)
+    assert Watchdog._read(watch)[1][0].why == "bad luck"
+
+
+def test_who_gives_up_says_that_it_leaves(monkeypatch):
+    watch, told = watch_over_two(), []
+    monkeypatch.setattr(cli, "abandon", told.append)
+    watch._verdict = "rank 1 has stopped with an error"
+    watch._give_up(reachable=True)
+    assert watch._read()[1][0].state == ENDED
+    assert told[0].startswith("rank 1 has stopped with an error; all processes stop")
 
 
 def rows(folder):
