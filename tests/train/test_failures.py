@@ -89,15 +89,8 @@ def checkpoints(folder):
 LONG = ("optim.max_iterations=12", "checkpointing.period=100")
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGTERM,
-        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
-        pytest.param(signal.SIGUSR2, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(tiny, tmp_path, number):
     processes = Processes(tiny, tmp_path / "run", *LONG, "train.num_workers=1", count=1, PACE="0.3")
     processes.await_iteration(2)
@@ -132,6 +125,7 @@ def test_torchrun_passes_signals_on_and_two_processes_stop_together(tiny, tmp_pa
     assert saved != "model_final"
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny, tmp_path):
     processes = Processes(tiny, tmp_path / "run", *LONG, PACE="0.3")
     processes.await_iteration(2)
@@ -165,6 +159,24 @@ def test_a_signal_before_the_first_step_stops_with_nothing_saved(tiny, tmp_path,
     assert not checkpoints(tmp_path / "run")
 
 
+def test_a_signal_during_a_step_saves_after_it_and_the_run_goes_on(tiny, tmp_path, monkeypatch):
+    real, calls = loop.train_step, count()
+
+    def signalled(*arguments, **options):
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(loop, "train_step", signalled)
+    options = (*QUIET, "checkpointing.period=100")
+    with pytest.raises(Interrupted, match=r"SIGTERM came; the run is saved after iteration [23]"):
+        tiny.start(tmp_path / "run", *options)
+    assert len(checkpoints(tmp_path / "run")) == 1
+    tiny.start(tmp_path / "run", *options)
+    tiny.start(tmp_path / "whole", *options)
+    assert same(state(tmp_path / "run")["model"], state(tmp_path / "whole")["model"])
+
+
 def test_the_second_ctrl_c_ends_at_once():
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
@@ -172,6 +184,7 @@ def test_the_second_ctrl_c_ends_at_once():
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_loader_workers_ignore_what_the_whole_job_is_sent_but_end_with_their_parent(tiny, tmp_path):
     processes = Processes(
         tiny, tmp_path / "run", *LONG, "train.num_workers=1", count=1, PACE="0.3", SIGNAL_WORKERS="1"
@@ -198,6 +211,7 @@ def test_loader_workers_ignore_what_the_whole_job_is_sent_but_end_with_their_par
 SHORT_PATIENCE = "train.process_timeout=5"
 
 
+@pytest.mark.slow
 def test_a_process_stuck_in_its_data_is_named(tiny, tmp_path):
     processes = Processes(tiny, tmp_path / "run", *LONG, SHORT_PATIENCE, SLEEP="13 999", ON_RANK="1")
     outcomes = processes.finish()
@@ -207,7 +221,8 @@ def test_a_process_stuck_in_its_data_is_named(tiny, tmp_path):
         assert "it is waiting for the data of iteration 3" in errors
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_process_is_named(tiny, tmp_path, rank):
     processes = Processes(tiny, tmp_path / "run", *LONG, SHORT_PATIENCE, PACE="0.2")
     processes.await_iteration(1)
@@ -234,6 +249,7 @@ def test_a_killed_process_is_named(tiny, tmp_path, rank):
     assert "has died; it was" in errors
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_is_told_by_the_others(tiny, tmp_path):
     outcomes = Processes(tiny, tmp_path / "run", *LONG, FAIL="13", ON_RANK="1").finish()
     assert [status for status, _ in outcomes] == [1, 1]
@@ -391,6 +407,7 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "training_metrics.json").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_bad_batch_is_skipped_and_counted(tiny, tmp_path, count):
     options = ("optim.max_iterations=6", "checkpointing.period=1", "checkpointing.max_to_keep=10")
@@ -409,6 +426,7 @@ def test_a_bad_batch_is_skipped_and_counted(tiny, tmp_path, count):
     assert "model_0000004" in checkpoints(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_run_goes_back_once_and_then_stops_with_a_diagnosis(tiny, tmp_path, count):
     options = ("optim.max_iterations=30", "checkpointing.period=2", "train.max_bad_steps=2")
