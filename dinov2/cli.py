@@ -26,7 +26,8 @@ EXIT_START_AGAIN = 75
 def run(main: Callable[..., Any], *args: Any) -> None:
     """Call ``main(*args)``; on :class:`UserError` print its text and exit with status 1.
 
-    On :class:`Interrupted`, a run that saved its state on being asked to stop, the status is 75.
+    On :class:`Interrupted`, a run that saved its state on being asked to stop, the status is 75, or 0 under
+    a torchrun that would start it again at once.
     """
     try:
         main(*args)
@@ -35,7 +36,7 @@ def run(main: Callable[..., Any], *args: Any) -> None:
         sys.exit(1)
     except Interrupted as stop:
         print(f"stopped: {stop}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_START_AGAIN)
+        sys.exit(0 if _torchrun_would_restart() else EXIT_START_AGAIN)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
             time.sleep(OTHER_RANKS_DELAY_SECONDS)
@@ -76,6 +77,12 @@ def _sentence(error: UserError) -> str:
     if "Original Traceback" not in text:
         return text
     return text.strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+
+
+def _torchrun_would_restart() -> bool:
+    """Tell whether torchrun, which takes every status but 0 for a failure, has restarts left."""
+    count, most = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return bool(count and most) and int(count) < int(most)
 
 
 def _tell_torchrun(text: str) -> None:

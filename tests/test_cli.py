@@ -49,6 +49,21 @@ def test_a_run_that_was_asked_to_stop_leaves_with_the_status_that_means_start_ag
     assert capsys.readouterr().err == "stopped: SIGTERM came, 12 iterations are saved.\n"
 
 
+@pytest.mark.parametrize(("count", "most", "status"), [("0", "2", 0), ("2", "2", 75), ("0", "0", 75)])
+def test_torchrun_is_not_made_to_start_a_run_again_that_was_asked_to_stop(
+    monkeypatch, capsys, count, most, status
+):
+    def stop():
+        raise Interrupted("SIGTERM came, 12 iterations are saved.", signal.SIGTERM)
+
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", most)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(stop)
+    assert stopped.value.code == status
+    assert capsys.readouterr().err == "stopped: SIGTERM came, 12 iterations are saved.\n"
+
+
 def test_our_own_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda: 1 / 0)

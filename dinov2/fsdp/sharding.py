@@ -6,11 +6,13 @@ each process holds a part. ``docs/sharding.md`` states what the strategies mean 
 """
 
 from collections.abc import Callable, Collection
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -130,8 +132,21 @@ def effective_strategy(strategy: str, hybrid_shard_size: int | None = None) -> s
     return "NO_SHARD" if size == 1 else strategy
 
 
-def build_mesh(strategy: str, device_type: str, hybrid_shard_size: int | None = None) -> DeviceMesh:
+def build_mesh(
+    strategy: str,
+    device_type: str,
+    hybrid_shard_size: int | None = None,
+    *,
+    timeout: timedelta | None = None,
+) -> DeviceMesh:
     """Arrange the processes for a strategy; a collective call that makes communicators, so do it once.
+
+    Args:
+        strategy: A key of ``RESHARD_AFTER_FORWARD``.
+        device_type: Of the parameters, e.g. ``cuda``.
+        hybrid_shard_size: See :func:`hybrid_group_size`.
+        timeout: How long a collective within the groups of ``HYBRID_SHARD`` may wait; None is PyTorch's
+            default. All processes together use the group of the run, and so its time-out.
 
     Returns:
         ``[processes]``, for ``HYBRID_SHARD`` ``[groups, processes of a group]`` with neighbouring ranks in a
@@ -140,11 +155,15 @@ def build_mesh(strategy: str, device_type: str, hybrid_shard_size: int | None = 
     Raises:
         ConfigError: The group size does not divide the number of processes.
     """
-    world_size = distributed.get_global_size()
     if strategy != "HYBRID_SHARD":
-        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
-    size = hybrid_group_size(hybrid_shard_size)
-    return init_device_mesh(device_type, (world_size // size, size), mesh_dim_names=("replicate", "shard"))
+        return DeviceMesh.from_group(dist.group.WORLD, device_type, mesh_dim_names=("shard",))
+    ranks = torch.arange(distributed.get_global_size()).view(-1, hybrid_group_size(hybrid_shard_size))
+    # init_device_mesh makes groups with PyTorch's own time-out, ten minutes with NCCL, and takes no other.
+    shard, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)
+    replicate, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=timeout)
+    return DeviceMesh.from_group(
+        [replicate, shard], device_type, mesh=ranks, mesh_dim_names=("replicate", "shard")
+    )
 
 
 def _lookup(table: dict[str, Any], name: str, key: str) -> Any:

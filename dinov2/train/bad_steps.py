@@ -12,12 +12,13 @@ class BadSteps:
 
     Args:
         limit: ``train.max_bad_steps``, how many in a row end the run's patience.
+        total: those that were skipped before, in the part of the run that is continued.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, total: int = 0) -> None:
         self.limit = limit
-        self.total = 0
-        self.good = 0
+        self.total = total
+        self.good = 0  # of this start
         self.in_a_row = 0
 
     @property
@@ -27,8 +28,8 @@ class BadSteps:
 
     @property
     def only_bad(self) -> bool:
-        """Whether not one step has succeeded since the start; such a run has no result."""
-        return self.total > 0 and not self.good
+        """Whether steps were tried and not one has succeeded since the start; such a run has no result."""
+        return self.in_a_row > 0 and not self.good
 
     def update(self, iteration: int, problem: str) -> None:
         """Take in one step.

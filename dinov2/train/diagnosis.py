@@ -64,6 +64,7 @@ def _observe(
     seed: Callable[[int], None],
 ) -> dict[str, Any]:
     """Run the step's forward and backward pass and note what is not finite first."""
+    _drop_gradients(model)  # of the failed step; what is added to them would look guilty
     found: dict[str, Any] = {
         "parameters": [name for name, value in model.named_parameters() if not _finite(value)],
         "inputs": sorted(
@@ -89,9 +90,13 @@ def _observe(
         bad = [name for name, p in model.student.named_parameters() if not _finite(p.grad)]
         found["gradient"] = f"student.{bad[-1]}" if bad else ""  # the last layer's come first
     model.discard_center_updates()
+    _drop_gradients(model)
+    return found
+
+
+def _drop_gradients(model: SSLMetaArch) -> None:
     for parameter in model.student.parameters():
         parameter.grad = None
-    return found
 
 
 @contextmanager

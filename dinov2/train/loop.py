@@ -17,7 +17,7 @@ from dinov2.configs.scaling import images_per_iteration
 from dinov2.data.data_order import DataOrder
 from dinov2.data.unreadable import UnreadableImages
 from dinov2.errors import Interrupted
-from dinov2.logging import MetricLogger
+from dinov2.logging import MetricLogger, SmoothedValue
 from dinov2.train.bad_steps import BadSteps
 from dinov2.train.diagnosis import diagnose
 from dinov2.train.freezing import BackboneStart
@@ -34,6 +34,8 @@ logger = logging.getLogger("dinov2")
 
 # After going back the fp16 loss scale is that of the checkpoint divided by this, but at least 1.
 SCALE_DIVISOR = 2.0**8
+
+SKIPPED = "skipped_steps"  # a meter that holds one number, the count since the start of the run
 
 
 class Place(NamedTuple):
@@ -78,7 +80,8 @@ class TrainingLoop:
         self.schedules = build_schedulers(cfg)
         self.backbone_start = BackboneStart(cfg, model.student["backbone"])
         self.unreadable = UnreadableImages(cfg.train.output_dir, cfg.train.max_bad_fraction)
-        self.bad = BadSteps(cfg.train.max_bad_steps)
+        earlier = metrics.meters.get(SKIPPED)  # of the run that is continued
+        self.bad = BadSteps(cfg.train.max_bad_steps, int(earlier.total) if earlier else 0)
         self.went_back = False
         self.interrupted: Interrupted | None = None
 
@@ -169,9 +172,11 @@ class TrainingLoop:
             last_layer_lr=values.last_layer_lr,
             current_batch_size=sum(len(images["collated_global_crops"]) / 2 for images in micro_batches),
             teacher_temp=values.teacher_temp,
-            skipped_steps=float(not result.stepped),
-            **measured,
         )
+        count = SmoothedValue(window_size=1)
+        count.update(float(self.bad.total))
+        self.metrics.add_meter(SKIPPED, count)
+        self.metrics.update(**measured)
 
     def _save(self, iteration: int, order: DataOrder, result: StepResult) -> None:
         """Save what is due, and note to stop if a rank was asked to."""

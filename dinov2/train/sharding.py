@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from datetime import timedelta
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -34,7 +35,11 @@ def require_equal_groups(compute_precision: DictConfig) -> None:
 
 
 def shard_networks(
-    student: nn.ModuleDict, teacher: nn.ModuleDict, precision: Precision, compute_precision: DictConfig
+    student: nn.ModuleDict,
+    teacher: nn.ModuleDict,
+    precision: Precision,
+    compute_precision: DictConfig,
+    timeout: timedelta | None = None,
 ) -> None:
     """Shard every part of both networks in place by its own strategy; all processes must call.
 
@@ -45,6 +50,7 @@ def shard_networks(
         student, teacher: submodules by name, on their device and equal on all processes.
         precision: number formats on that device.
         compute_precision: the config section.
+        timeout: how long a collective within a group of HYBRID_SHARD may wait; None is PyTorch's default.
 
     Raises:
         ConfigError: the processes cannot be grouped for HYBRID_SHARD.
@@ -61,7 +67,7 @@ def shard_networks(
                 continue
             hybrid = strategy == "HYBRID_SHARD"
             if hybrid not in meshes:
-                meshes[hybrid] = build_mesh(strategy, precision.device.type, size)
+                meshes[hybrid] = build_mesh(strategy, precision.device.type, size, timeout=timeout)
             units, unit_policy, root_policy = _units(module, network, part, precision)
             wrap = get_fsdp_wrapper(
                 OmegaConf.merge(compute_precision[network][part], {"sharding_strategy": strategy}),

@@ -31,6 +31,7 @@ from dinov2.train.lora import add_adapters, follow_adapted
 from dinov2.train.precision import Precision
 from dinov2.train.recompute import recompute_activations
 from dinov2.train.sharding import shard_networks
+from dinov2.utils.config import collective_timeout
 from dinov2.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
 from dinov2.utils.utils import has_batchnorms
 
@@ -415,7 +416,8 @@ class SSLMetaArch(nn.Module):
             for tensor in self.state_dict().values():
                 dist.broadcast(tensor, src=0)
         if distributed.get_global_size() > 1:
-            shard_networks(self.student, self.teacher, self.precision, self.cfg.compute_precision)
+            timeout = collective_timeout(self.cfg.train.process_timeout)
+            shard_networks(self.student, self.teacher, self.precision, self.cfg.compute_precision, timeout)
         if self.cfg.compute_precision.grad_scaler and self.precision.needs_grad_scaler:
             self.fp16_scaler = ShardedGradScaler()
 

@@ -32,10 +32,11 @@ VERDICT = "verdict"
 LONGEST_BEAT = 10.0  # seconds between two records
 BEATS_PER_LIMIT = 10
 URGENT_BEAT = 0.2  # while the training thread waits to hear why a collective has failed
-URGENT_SECONDS = 10.0
+VERDICT_SECONDS = 2.0  # for the thread to judge, after a silence has become long enough to tell
 # A process that fails gives the others so long to find the same mistake themselves, see dinov2.cli.
 GRACE_SECONDS = 6.0
-FAREWELL_SECONDS = 20.0
+FAREWELL_SECONDS = 25.0
+WARY_BEAT = 1.0  # seconds between two records once a process has failed
 SILENT_BEATS = 3  # missed by a process that is blamed for a collective that has failed
 
 # What PyTorch raises where a process on the other side has gone.
@@ -136,7 +137,10 @@ class Watchdog:
     def __init__(self, limit: float) -> None:
         self.limit = limit
         self.beat_seconds = min(LONGEST_BEAT, limit / BEATS_PER_LIMIT)
+        # While a collective has failed; a process that lives is not silent for so long.
+        self.urgent_silence = min(limit, SILENT_BEATS * self.beat_seconds + 1)
         self._record = Record(distributed.get_global_rank(), this_process())
+        self._changing = threading.Lock()  # the record; never held while the store is asked
         self._thread: threading.Thread | None = None
         self._leaving, self._urgent, self._judged = threading.Event(), threading.Event(), threading.Event()
         self._wake = threading.Event()
@@ -144,7 +148,8 @@ class Watchdog:
 
     def phase(self, text: str) -> None:
         """Say what this process does from now on, as in "rank 1 was ..."."""
-        self._record = replace(self._record, phase=text, phase_number=self._record.phase_number + 1)
+        with self._changing:
+            self._record = replace(self._record, phase=text, phase_number=self._record.phase_number + 1)
 
     def __enter__(self) -> "Watchdog":
         if not distributed.is_enabled():
@@ -180,32 +185,39 @@ class Watchdog:
         self._wake.set()
         self._thread.join(self.limit)
         if error is None or isinstance(error, Interrupted):
-            self._record = replace(self._record, state=ENDED)
+            self._farewell(ENDED)
         else:
             text = " ".join(str(error).split())[:500]
-            why = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-            self._record = replace(self._record, state=FAILED, why=why)
-        self._farewell()
+            self._farewell(
+                FAILED, text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+            )
 
     def _explain(self, error: BaseException) -> str:
         """Wait for the thread to find out which process is to blame for a failed collective."""
+        asked_at = time.monotonic()
         self._urgent.set()
         self._wake.set()
-        self._judged.wait(URGENT_SECONDS)
+        self._judged.wait(self.urgent_silence + VERDICT_SECONDS)
+        if self._verdict:
+            return self._sentence(self._verdict)
         cause = " ".join(str(error).split())[:300]
-        if not self._verdict:
-            return (
-                f"while {self._record.phase} the processes lost each other, though all of them still answer "
-                f"({cause}): see whether the network between the machines works; {_AGAIN}"
-            )
-        return self._sentence(self._verdict)
+        all_answer = all(seen.record.state == RUNNING and seen.beat_at > asked_at for seen in self._observed)
+        still = ", though all of them still answer" if all_answer else ""
+        return (
+            f"while {self._record.phase} the processes lost each other{still} ({cause}): see whether the "
+            f"network between the machines works; {_AGAIN}"
+        )
 
-    def _farewell(self) -> None:
+    def _farewell(self, state: str, why: str = "") -> None:
         """Write the last record; the process that may hold the store waits for those of the others."""
+        with self._changing:
+            self._record = replace(self._record, state=state, why=why)
+        # A failure is told at once where the store outlives this process.
+        waits = distributed.is_main_process() and (state == ENDED or not _launcher_holds_the_store())
         try:
             self._write()
             until = time.monotonic() + min(self.limit, FAREWELL_SECONDS)
-            while distributed.is_main_process() and self._record.state == ENDED and time.monotonic() < until:
+            while waits and time.monotonic() < until:
                 if all(record.state != RUNNING for record in self._read()[1]):
                     break
                 time.sleep(0.02)
@@ -213,8 +225,10 @@ class Watchdog:
             logger.debug("the last record could not be left: %s", error)
 
     def _write(self) -> None:
-        self._record = replace(self._record, beat=self._record.beat + 1)
-        self._store.set(self._keys[self._record.rank], json.dumps(asdict(self._record)))
+        with self._changing:
+            self._record = replace(self._record, beat=self._record.beat + 1)
+            record = self._record
+        self._store.set(self._keys[record.rank], json.dumps(asdict(record)))
 
     def _read(self) -> tuple[str, list[Record]]:
         verdict, *texts = self._store.multi_get([VERDICT, *self._keys])
@@ -245,15 +259,30 @@ class Watchdog:
                 self._verdict = verdict
                 self._judged.set()
                 if not urgent:
-                    cli.abandon(self._sentence(verdict))
+                    self._give_up(reachable=lost_at is None)
                 return
-            self._wake.wait(URGENT_BEAT if urgent else self.beat_seconds)
+            self._wake.wait(URGENT_BEAT if urgent else self._pause())
             self._wake.clear()
+
+    def _pause(self) -> float:
+        failed = any(seen.record.state == FAILED for seen in self._observed)
+        return min(WARY_BEAT, self.beat_seconds) if failed else self.beat_seconds
+
+    def _give_up(self, *, reachable: bool) -> None:
+        """End this process with the verdict; who waits for it in :meth:`_farewell` hears that it goes."""
+        if reachable:
+            with self._changing:
+                self._record = replace(self._record, state=ENDED)
+            try:
+                self._write()
+            except (RuntimeError, ValueError) as error:
+                logger.debug("the last record could not be left: %s", error)
+        cli.abandon(self._sentence(self._verdict))
 
     def _judge(self, urgent: bool, lost_at: float | None) -> str:
         now = time.monotonic()
         if lost_at is None:
-            silence = min(self.limit, SILENT_BEATS * self.beat_seconds + 1) if urgent else None
+            silence = self.urgent_silence if urgent else None
             grace = 0.0 if urgent else GRACE_SECONDS
             return judge(self._observed, now, self.limit, silence=silence, grace=grace)
         # Nothing new is heard of anybody. The last records still tell who has died on this machine.
@@ -284,6 +313,11 @@ class Watchdog:
 
 
 _AGAIN = "The same command goes on from the last checkpoint"
+
+
+def _launcher_holds_the_store() -> bool:
+    """Tell whether torchrun keeps the store; else it is in the process of rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _from_a_collective(error: BaseException) -> bool:

@@ -65,6 +65,11 @@ def setup(
     return cfg
 
 
+def collective_timeout(process_timeout: float) -> timedelta:
+    """Return how long a collective waits with a ``train.process_timeout`` of so many seconds."""
+    return timedelta(seconds=COLLECTIVE_SHARE * process_timeout + COLLECTIVE_MARGIN)
+
+
 def get_cfg_from_args(args: argparse.Namespace) -> DictConfig:
     """Return the checked config of command-line arguments; see :func:`setup` for ``args`` and errors."""
     resolution = _resolve(args)
@@ -96,7 +101,7 @@ def default_setup(
     from dinov2.utils.utils import fix_random_seeds, get_sha
 
     resolve_device(device)  # stops here if CUDA was asked for and there is none
-    patience = process_timeout and timedelta(seconds=COLLECTIVE_SHARE * process_timeout + COLLECTIVE_MARGIN)
+    patience = collective_timeout(process_timeout) if process_timeout else None
     distributed.enable(overwrite=True, device=None if device == "auto" else device, timeout=patience)
     if claim is not None:
         claim(args.output_dir)

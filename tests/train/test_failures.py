@@ -5,17 +5,24 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
+from dinov2 import cli
 from dinov2.cli import EXIT_START_AGAIN
 from dinov2.errors import Interrupted
+from dinov2.train import loop, watchdog
 from dinov2.train.preemption import SIGNALS, StopRequest
+from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.step import NonFiniteLossError
-from dinov2.train.watchdog import FAILED, Observation, Record, judge
+from dinov2.train.watchdog import ENDED, FAILED, VERDICT, Observation, Record, Watchdog, judge
+from tests.checkpoints import read_state
 from tests.conftest import REPO
 from tests.distributed.launch import free_port, torchrun_variables
 
@@ -68,7 +75,7 @@ class Processes:
 
 
 def state(folder, name="model_final"):
-    return torch.load(Path(folder) / f"{name}.rank_0.pth", weights_only=True)
+    return read_state(Path(folder) / name)
 
 
 def same(first, second):
@@ -76,21 +83,14 @@ def same(first, second):
 
 
 def checkpoints(folder):
-    return sorted(path.name for path in Path(folder).glob("model_*.pth"))
+    return sorted(path.name for path in Path(folder).glob("model_*"))
 
 
 LONG = ("optim.max_iterations=12", "checkpointing.period=100")
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGTERM,
-        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
-        pytest.param(signal.SIGUSR2, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(tiny, tmp_path, number):
     processes = Processes(tiny, tmp_path / "run", *LONG, "train.num_workers=1", count=1, PACE="0.3")
     processes.await_iteration(2)
@@ -99,7 +99,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(tiny, tmp_pat
     assert status == EXIT_START_AGAIN, errors
     assert f"stopped: the signal {number.name} came; the run is saved after iteration" in errors
     (saved,) = checkpoints(tmp_path / "run")
-    assert saved != "model_final.rank_0.pth"
+    assert saved != "model_final"
 
     tiny.start(tmp_path / "run", *QUIET, *LONG)
     tiny.start(tmp_path / "whole", *QUIET, *LONG)
@@ -122,9 +122,10 @@ def test_torchrun_passes_signals_on_and_two_processes_stop_together(tiny, tmp_pa
     assert launcher.returncode != 0
     assert f"stopped: the signal {number.name} came; the run is saved" in errors, errors[-3000:]
     (saved,) = checkpoints(tmp_path / "run")
-    assert saved != "model_final.rank_0.pth"
+    assert saved != "model_final"
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tiny, tmp_path):
     processes = Processes(tiny, tmp_path / "run", *LONG, PACE="0.3")
     processes.await_iteration(2)
@@ -158,6 +159,24 @@ def test_a_signal_before_the_first_step_stops_with_nothing_saved(tiny, tmp_path,
     assert not checkpoints(tmp_path / "run")
 
 
+def test_a_signal_during_a_step_saves_after_it_and_the_run_goes_on(tiny, tmp_path, monkeypatch):
+    real, calls = loop.train_step, count()
+
+    def signalled(*arguments, **options):
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(loop, "train_step", signalled)
+    options = (*QUIET, "checkpointing.period=100")
+    with pytest.raises(Interrupted, match=r"SIGTERM came; the run is saved after iteration [23]"):
+        tiny.start(tmp_path / "run", *options)
+    assert len(checkpoints(tmp_path / "run")) == 1
+    tiny.start(tmp_path / "run", *options)
+    tiny.start(tmp_path / "whole", *options)
+    assert same(state(tmp_path / "run")["model"], state(tmp_path / "whole")["model"])
+
+
 def test_the_second_ctrl_c_ends_at_once():
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
@@ -165,6 +184,7 @@ def test_the_second_ctrl_c_ends_at_once():
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_loader_workers_ignore_what_the_whole_job_is_sent_but_end_with_their_parent(tiny, tmp_path):
     processes = Processes(
         tiny, tmp_path / "run", *LONG, "train.num_workers=1", count=1, PACE="0.3", SIGNAL_WORKERS="1"
@@ -191,6 +211,7 @@ def test_loader_workers_ignore_what_the_whole_job_is_sent_but_end_with_their_par
 SHORT_PATIENCE = "train.process_timeout=5"
 
 
+@pytest.mark.slow
 def test_a_process_stuck_in_its_data_is_named(tiny, tmp_path):
     processes = Processes(tiny, tmp_path / "run", *LONG, SHORT_PATIENCE, SLEEP="13 999", ON_RANK="1")
     outcomes = processes.finish()
@@ -200,7 +221,8 @@ def test_a_process_stuck_in_its_data_is_named(tiny, tmp_path):
         assert "it is waiting for the data of iteration 3" in errors
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_process_is_named(tiny, tmp_path, rank):
     processes = Processes(tiny, tmp_path / "run", *LONG, SHORT_PATIENCE, PACE="0.2")
     processes.await_iteration(1)
@@ -227,6 +249,7 @@ def test_a_killed_process_is_named(tiny, tmp_path, rank):
     assert "has died; it was" in errors
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_is_told_by_the_others(tiny, tmp_path):
     outcomes = Processes(tiny, tmp_path / "run", *LONG, FAIL="13", ON_RANK="1").finish()
     assert [status for status, _ in outcomes] == [1, 1]
@@ -284,10 +307,107 @@ def test_the_dead_are_named_before_those_who_failed_because_of_them():
     assert found == "rank 1 (process 11 on node) has died; it was here"
 
 
+def watch_over_two(limit=1800.0):
+    """The watchdog of rank 0 with a store in this process, in which rank 1 of another machine is running."""
+    watch = Watchdog(limit)
+    watch._store, watch._keys = torch.distributed.HashStore(), ["rank_0", "rank_1"]
+    watch._store.set(VERDICT, "")
+    watch._write()
+    answer(watch._store, 0)
+    watch._observed = watch._first_look()
+    return watch
+
+
+def answer(store, beat, state="running"):
+    record = Record(1, {"pid": 11, "host": "another"}, beat=beat, phase="here", state=state)
+    store.set("rank_1", json.dumps(asdict(record)))
+
+
+def test_who_waits_to_hear_why_a_collective_failed_waits_until_a_silence_tells():
+    watch, waited = watch_over_two(), []
+
+    def wait(seconds):
+        waited.append(seconds)
+        later = max(seen.beat_at for seen in watch._observed) + seconds
+        watch._observed[0].beat_at = later  # its own thread goes on
+        watch._verdict = judge(watch._observed, later, watch.limit, silence=watch.urgent_silence)
+
+    watch._judged.wait = wait
+    told = watch._explain(RuntimeError("gloo: connection closed by peer"))
+    assert told.startswith("rank 1 (process 11 on another) has not answered for 33 s")
+    assert waited == [33.0]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_all_are_said_to_answer_only_if_they_do(answers):
+    watch = watch_over_two()
+
+    def wait(seconds):
+        answer(watch._store, int(answers))
+        watch._write()
+        for seen, record in zip(watch._observed, watch._read()[1], strict=True):
+            seen.update(record, time.monotonic())
+
+    watch._judged.wait = wait
+    told = watch._explain(RuntimeError("gloo: connection closed by peer"))
+    assert "the processes lost each other" in told
+    assert ("though all of them still answer" in told) == answers
+
+
+def test_no_phase_is_lost_to_the_thread_that_writes(monkeypatch):
+    watch, done = watch_over_two(), threading.Event()
+
+    def slow(record, **changes):
+        time.sleep(0.001)  # lets the other thread run
+        return replace(record, **changes)
+
+    def write():
+        while not done.is_set():
+            watch._write()
+
+    monkeypatch.setattr(watchdog, "replace", slow)
+    writer = threading.Thread(target=write)
+    writer.start()
+    for number in range(50):
+        watch.phase(f"at {number}")
+    done.set()
+    writer.join()
+    assert watch._record.phase_number == 50
+
+
+@pytest.mark.parametrize("launcher_holds_the_store", [False, True])
+def test_who_fails_alone_with_the_store_stays_until_the_others_have_heard(
+    monkeypatch, launcher_holds_the_store
+):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(launcher_holds_the_store))
+    watch, reads = watch_over_two(), []
+
+    def read():
+        reads.append(Watchdog._read(watch))
+        if len(reads) == 2:
+            answer(watch._store, 1, ENDED)
+        return reads[-1]
+
+    watch._read = read
+    watch._farewell(FAILED, "bad luck")
+    assert len(reads) == (0 if launcher_holds_the_store else 3)
+    assert Watchdog._read(watch)[1][0].why == "bad luck"
+
+
+def test_who_gives_up_says_that_it_leaves(monkeypatch):
+    watch, told = watch_over_two(), []
+    monkeypatch.setattr(cli, "abandon", told.append)
+    watch._verdict = "rank 1 has stopped with an error"
+    watch._give_up(reachable=True)
+    assert watch._read()[1][0].state == ENDED
+    assert told[0].startswith("rank 1 has stopped with an error; all processes stop")
+
+
 def rows(folder):
     return [json.loads(line) for line in (folder / "training_metrics.json").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_bad_batch_is_skipped_and_counted(tiny, tmp_path, count):
     options = ("optim.max_iterations=6", "checkpointing.period=1", "checkpointing.max_to_keep=10")
@@ -302,10 +422,11 @@ def test_a_bad_batch_is_skipped_and_counted(tiny, tmp_path, count):
     assert final["metrics"]["skipped_steps"]["total"] == 1
     assert final["metrics"]["total_loss"]["count"] == 5
     assert all(value.isfinite().all() for value in final["model"].values())
-    assert "model_0000003.rank_0.pth" not in checkpoints(tmp_path / "run")
-    assert "model_0000004.rank_0.pth" in checkpoints(tmp_path / "run")
+    assert "model_0000003" not in checkpoints(tmp_path / "run")
+    assert "model_0000004" in checkpoints(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_run_goes_back_once_and_then_stops_with_a_diagnosis(tiny, tmp_path, count):
     options = ("optim.max_iterations=30", "checkpointing.period=2", "train.max_bad_steps=2")
@@ -334,3 +455,33 @@ def test_a_gradient_is_traced_to_its_module(tiny, tmp_path):
         failure_worker.poison_gradient("backbone.blocks.1.mlp.fc1", tiny, tmp_path / "run", *QUIET, *options)
     assert "there is no checkpoint to go back to" in str(caught.value)
     assert "the gradient at student.backbone.blocks.1.mlp.fc1" in str(caught.value)
+
+
+def test_a_fault_of_one_moment_is_not_blamed_on_the_batch(tiny, tmp_path, monkeypatch):
+    real, calls = SSLMetaArch.backprop_loss, count()
+
+    def faulty_once(model, loss):
+        real(model, loss * float("nan") if next(calls) == 0 else loss)
+
+    monkeypatch.setattr(SSLMetaArch, "backprop_loss", faulty_once)
+    with pytest.raises(NonFiniteLossError, match="gave finite losses and gradients on every rank"):
+        tiny.start(tmp_path / "run", *QUIET, "train.max_bad_steps=1")
+
+
+def test_skipped_steps_are_counted_since_the_start_of_the_run(tiny, tmp_path, monkeypatch):
+    real, calls = loop.train_step, count(1)
+
+    def misbehaving(*arguments, **options):
+        number = next(calls)
+        if number == 4:
+            raise RuntimeError("enough")
+        result = real(*arguments, **options)
+        return replace(result, problem="a loss is not finite") if number in (2, 6, 7) else result
+
+    monkeypatch.setattr(loop, "train_step", misbehaving)
+    run = (tmp_path / "run", *QUIET, "checkpointing.period=1", "train.max_bad_steps=2")
+    with pytest.raises(RuntimeError, match="enough"):
+        tiny.start(*run)
+    tiny.start(*run)  # skips iterations 4 and 5, and goes back to 4
+    assert "goes back to iteration 4" in (tmp_path / "run" / "logs" / "log.txt").read_text()
+    assert [row["skipped_steps"] for row in rows(tmp_path / "run")] == [0, 1, 1, 1, 3, 3]

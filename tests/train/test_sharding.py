@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from omegaconf import OmegaConf
 from dinov2 import distributed
 from dinov2.configs import dinov2_default_config
 from dinov2.errors import ConfigError
+from dinov2.fsdp.sharding import build_mesh
 from dinov2.train import train as train_module
 from dinov2.train.precision import effective_reduce_dtype
 from tests.conftest import REPO
+from tests.distributed.launch import free_port, run_in_processes, torchrun_variables
 from tests.train.sharding_worker import run_case
 from tests.train.test_two_processes import five_steps
 
@@ -275,3 +278,35 @@ def test_one_process_over_nccl_trains_as_without_sharding(tmp_path):
         )
         assert_equal_training(one, sharded, name, tolerance)
         assert sharded.facts(name)[0]["units"]["student.backbone"] == 3
+
+
+def timeouts_of(mesh):
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in mesh.get_all_groups()]
+
+
+def arranged(strategy, size):
+    mesh = build_mesh(strategy, "cpu", size, timeout=timedelta(seconds=77))
+    sums = []
+    for group in mesh.get_all_groups():
+        ranks = torch.tensor(float(distributed.get_global_rank()))
+        torch.distributed.all_reduce(ranks, group=group)
+        sums.append(ranks.item())
+    return tuple(mesh.shape), sums, [timeout.total_seconds() for timeout in timeouts_of(mesh)]
+
+
+def test_groups_of_processes_wait_as_long_as_they_are_told(monkeypatch):
+    for name, value in torchrun_variables(0, 1, free_port()).items():
+        monkeypatch.setenv(name, value)
+    distributed.enable(device="cpu", timeout=timedelta(seconds=55))
+    try:
+        assert arranged("HYBRID_SHARD", 1) == ((1, 1), [0.0, 0.0], [77.0, 77.0])
+        assert arranged("FULL_SHARD", None) == ((1,), [0.0], [55.0])  # that of the run
+    finally:
+        distributed.disable()
+
+
+@pytest.mark.slow
+def test_neighbouring_ranks_form_a_group():
+    outcomes = run_in_processes(arranged, "HYBRID_SHARD", 2, world_size=4)
+    sums = ([2.0, 1.0], [4.0, 1.0], [2.0, 5.0], [4.0, 5.0])  # between the groups, within the group
+    assert outcomes == [((2, 2), expected, [77.0, 77.0]) for expected in sums]
