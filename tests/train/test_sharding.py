@@ -31,7 +31,7 @@ STRATEGIES = ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD")
 # whose sharp targets amplify rounding: bf16 is compared with Sinkhorn-Knopp.
 TOLERANCE = {
     "fp32": {"total": 1e-5, "loss": 1e-5, "norm": 1e-4},
-    "bf16": {"total": 1e-3, "loss": 1e-2, "norm": 5e-2},
+    "bf16": {"total": 1e-3, "loss": 3e-2, "norm": 5e-2},
 }
 BALANCED = "train.centering=sinkhorn_knopp"
 
