@@ -89,6 +89,36 @@ def warn_of_shared_images(train_dataset: Dataset, other_dataset: Dataset, what: 
         )
 
 
+def make_labelled_datasets(
+    strings: Mapping[str, str | None],
+    transform: Callable | None = None,
+    path_map: Mapping[str, str] | None = None,
+) -> dict[str, Dataset]:
+    """Make a training set and those that are to judge what it teaches.
+
+    Args:
+        strings: Dataset strings by role: ``train`` first, then ``val``, which are needed, then others, which
+            may be empty.
+        transform, path_map: See :func:`make_labelled_dataset`.
+
+    Returns:
+        The datasets by role.
+
+    Raises:
+        DatasetError: One of them is wrong, or their classes differ.
+    """
+    datasets = {
+        role: make_labelled_dataset(text or "", transform, path_map)
+        for role, text in strings.items()
+        if text or role in ("train", "val")
+    }
+    for role in list(datasets)[1:]:
+        check_same_classes(datasets["train"], datasets[role])
+        use = "validation" if role == "val" else role.partition("_")[0]  # test_1 is a test, too
+        warn_of_shared_images(datasets["train"], datasets[role], use)
+    return datasets
+
+
 def training_labels(dataset: Dataset, dataset_str: str) -> Tensor:
     """Return all labels of a dataset (n,) without reading its images.
 

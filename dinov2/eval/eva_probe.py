@@ -21,15 +21,15 @@ from dinov2 import distributed
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.errors import DatasetError
 from dinov2.eval.cli import check_draws
-from dinov2.eval.data import check_same_classes, make_labelled_dataset, warn_of_shared_images
-from dinov2.eval.extract import source_of
-from dinov2.eval.feature_store import CLS, StoredFeatures, stored_dataset, transform_text
+from dinov2.eval.data import make_labelled_datasets
+from dinov2.eval.extract import cls_extraction
+from dinov2.eval.feature_store import transform_text
 from dinov2.eval.identity import identity_of
 from dinov2.eval.metrics import balanced_accuracy
 from dinov2.eval.neighbors import count_classes
 from dinov2.eval.results import ResultTable
 from dinov2.eval.scores import DRAWS, Predictions, score
-from dinov2.eval.utils import ModelWithAutocast, device_of, extract_features
+from dinov2.eval.utils import extract_features
 
 logger = logging.getLogger("dinov2")
 
@@ -165,19 +165,10 @@ def run_eval_eva(
         "test" if number == 1 else f"test_{number}": dataset_str
         for number, dataset_str in enumerate(test_dataset_strs or [], 1)
     }
-    datasets = {role: make_labelled_dataset(text, transform, path_map) for role, text in strings.items()}
-    for role in list(datasets)[1:]:
-        check_same_classes(datasets["train"], datasets[role])
-        warn_of_shared_images(datasets["train"], datasets[role], "validation" if role == "val" else "test")
-    extractor: nn.Module = ModelWithAutocast(model, autocast_dtype)
-    if features is not None:
-        datasets = {
-            role: stored_dataset(
-                features, source_of(model, strings[role], transform, autocast_dtype), [CLS], dataset
-            )
-            for role, dataset in datasets.items()
-        }
-        extractor, num_workers = StoredFeatures(device_of(model)), 0
+    datasets = make_labelled_datasets(strings, transform, path_map)
+    extractor, datasets, num_workers = cls_extraction(
+        model, datasets, strings, transform, autocast_dtype, features, num_workers
+    )
     samples = {
         role: extract_features(extractor, dataset, batch_size, num_workers)
         for role, dataset in datasets.items()

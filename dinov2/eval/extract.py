@@ -7,8 +7,8 @@ format is in :mod:`dinov2.eval.feature_store`.
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from dinov2.eval.feature_store import (
     FeatureSource,
     FeatureStore,
     StoredDataset,
+    StoredFeatures,
     StoreWriter,
     block_name,
     stored_dataset,
@@ -41,7 +42,7 @@ from dinov2.eval.feature_store import (
 from dinov2.eval.identity import identity_of
 from dinov2.eval.setup import get_args_parser as get_setup_args_parser
 from dinov2.eval.setup import setup_and_build_model
-from dinov2.eval.utils import ModelWithIntermediateLayers, autocast_context, device_of
+from dinov2.eval.utils import ModelWithAutocast, ModelWithIntermediateLayers, autocast_context, device_of
 from dinov2.logging import MetricLogger
 
 logger = logging.getLogger("dinov2")
@@ -225,6 +226,38 @@ def source_of(
     return FeatureSource(
         identity_of(model), dataset_str, transform_text(transform), str(autocast_dtype).removeprefix("torch.")
     )
+
+
+def cls_extraction(
+    model: nn.Module,
+    datasets: Mapping[str, Dataset],
+    strings: Mapping[str, str],
+    transform: Callable,
+    autocast_dtype: torch.dtype,
+    features: str | None,
+    num_workers: int,
+) -> tuple[nn.Module, dict[str, Dataset], int]:
+    """Return with which module, from which samples and in how many workers to extract cls tokens.
+
+    Args:
+        model: A backbone.
+        datasets, strings: The datasets and their strings, by role.
+        transform: Of the images.
+        autocast_dtype: Number format of the backbone.
+        features: Folder of feature stores to read instead of images; None for images.
+        num_workers: Of the extraction from images.
+
+    Raises:
+        DatasetError: The folder lacks the features of a dataset.
+    """
+    if features is None:
+        return ModelWithAutocast(model, autocast_dtype), dict(datasets), num_workers
+    source = source_of(model, "", transform, autocast_dtype)
+    stored = {
+        role: stored_dataset(features, replace(source, dataset=strings[role]), [CLS], dataset)
+        for role, dataset in datasets.items()
+    }
+    return StoredFeatures(device_of(model)), stored, 0
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,9 @@ from dinov2.eval.cli import (
     make_parser,
     options_for,
 )
-from dinov2.eval.data import (
-    check_same_classes,
-    make_evaluation_loader,
-    make_labelled_dataset,
-    warn_of_shared_images,
-)
-from dinov2.eval.extract import source_of
-from dinov2.eval.feature_store import CLS, StoredFeatures, stored_dataset, transform_text
+from dinov2.eval.data import make_evaluation_loader, make_labelled_datasets
+from dinov2.eval.extract import cls_extraction
+from dinov2.eval.feature_store import transform_text
 from dinov2.eval.identity import identity_of
 from dinov2.eval.knn_modules import (
     DictKeysModule,
@@ -53,7 +48,6 @@ from dinov2.eval.results import ResultTable, append_lines, percent, to_json
 from dinov2.eval.scores import DRAWS, Predictions, score
 from dinov2.eval.setup import setup_and_build_model
 from dinov2.eval.utils import (
-    ModelWithAutocast,
     ModelWithNormalize,
     device_of,
     evaluate,
@@ -282,24 +276,10 @@ def eval_knn_with_model(
         resize_size=protocol.resize_size, **(normalisation or {})
     )
     strings = {"train": train_dataset_str, "val": val_dataset_str, "test": test_dataset_str}
-    datasets = {
-        role: make_labelled_dataset(dataset_str, transform, path_map)
-        for role, dataset_str in strings.items()
-        if dataset_str
-    }
-    for role, what in (("val", "validation"), ("test", "test")):
-        if role in datasets:
-            check_same_classes(datasets["train"], datasets[role])
-            warn_of_shared_images(datasets["train"], datasets[role], what)
-    extractor: nn.Module = ModelWithAutocast(model, autocast_dtype)
-    if features is not None:
-        datasets = {
-            role: stored_dataset(
-                features, source_of(model, strings[role], transform, autocast_dtype), [CLS], dataset
-            )
-            for role, dataset in datasets.items()
-        }
-        extractor, num_workers = StoredFeatures(device_of(model)), 0
+    datasets = make_labelled_datasets(strings, transform, path_map)
+    extractor, datasets, num_workers = cls_extraction(
+        model, datasets, strings, transform, autocast_dtype, features, num_workers
+    )
     scorer = make_knn_scorer(
         model=extractor,
         train_dataset=datasets["train"],

@@ -19,9 +19,9 @@ from dinov2 import cli, distributed
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.errors import ConfigError, DatasetError
 from dinov2.eval.cli import add_metric_option, add_result_options, check_draws, make_parser, options_for
-from dinov2.eval.data import check_same_classes, make_labelled_dataset, warn_of_shared_images
-from dinov2.eval.extract import source_of
-from dinov2.eval.feature_store import CLS, StoredFeatures, stored_dataset, transform_text
+from dinov2.eval.data import make_labelled_datasets
+from dinov2.eval.extract import cls_extraction
+from dinov2.eval.feature_store import transform_text
 from dinov2.eval.identity import identity_of
 from dinov2.eval.logistic import LogisticRegression, fit_logistic_regression
 from dinov2.eval.metrics import MetricType, build_metric
@@ -29,7 +29,7 @@ from dinov2.eval.neighbors import count_classes
 from dinov2.eval.results import ResultTable, percent
 from dinov2.eval.scores import DRAWS, Predictions
 from dinov2.eval.setup import setup_and_build_model
-from dinov2.eval.utils import ModelWithAutocast, device_of, extract_features
+from dinov2.eval.utils import device_of, extract_features
 from dinov2.utils.device import resolve_device
 from dinov2.utils.dtype import as_torch_dtype
 
@@ -313,23 +313,10 @@ def eval_log_regression_with_model(
         resize_size=resize_size or IMAGE_SIZE, crop_size=IMAGE_SIZE, **(normalisation or {})
     )
     strings = {"train": train_dataset_str, "val": val_dataset_str, "finetune": finetune_dataset_str}
-    datasets = {
-        role: make_labelled_dataset(dataset_str, transform, path_map)
-        for role, dataset_str in strings.items()
-        if dataset_str
-    }
-    for role in list(datasets)[1:]:
-        check_same_classes(datasets["train"], datasets[role])
-        warn_of_shared_images(datasets["train"], datasets[role], "validation" if role == "val" else role)
-    extractor: nn.Module = ModelWithAutocast(model, autocast_dtype)
-    if features is not None:
-        datasets = {
-            role: stored_dataset(
-                features, source_of(model, strings[role], transform, autocast_dtype), [CLS], dataset
-            )
-            for role, dataset in datasets.items()
-        }
-        extractor, num_workers = StoredFeatures(device_of(model)), 0
+    datasets = make_labelled_datasets(strings, transform, path_map)
+    extractor, datasets, num_workers = cls_extraction(
+        model, datasets, strings, transform, autocast_dtype, features, num_workers
+    )
     results, predictions, num_iterations = run_log_regression(
         model=extractor,
         train_dataset=datasets["train"],

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dinov2 import distributed
 from dinov2.errors import some_of
 from dinov2.fsdp import reshard_fsdp_model
+from dinov2.fsdp.sharding import local_part
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger("dinov2")
@@ -140,8 +141,7 @@ def _tensors(value: Any) -> list[Tensor]:
 def _finite(tensor: Tensor | None) -> bool:
     if tensor is None or not tensor.is_floating_point():
         return True
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a sharded one, this rank's part
-    return bool(local.detach().isfinite().all())
+    return bool(local_part(tensor.detach()).isfinite().all())
 
 
 def _sentence(by_rank: list[dict[str, Any]]) -> str:

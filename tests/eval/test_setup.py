@@ -8,7 +8,7 @@ import torch
 
 from dinov2.configs import resolve_config
 from dinov2.errors import ConfigError
-from dinov2.eval import knn, linear, log_regression
+from dinov2.eval import data, knn, linear, log_regression
 from dinov2.eval.setup import build_model_for_eval
 from tests.eval.conftest import TinyCase
 
@@ -19,13 +19,14 @@ SHORT = ["--epochs", "1", "--epoch-length", "1", "--batch-size", "4", "--learnin
 
 @pytest.mark.parametrize(("module", "more"), [(knn, []), (log_regression, []), (linear, SHORT)])
 def test_images_are_normalised_as_the_config_says(tiny_case, tmp_path, monkeypatch, module, more):
-    seen, real = [], module.make_labelled_dataset
+    seen, real = [], data.make_labelled_dataset
 
     def recording(dataset_str, transform, path_map):
         seen.append(transform(torch.zeros(3, 300, 300)).amax(dim=(1, 2)))
         return real(dataset_str, transform, path_map)
 
-    monkeypatch.setattr(module, "make_labelled_dataset", recording)
+    for caller in (data, linear):  # the others open all their datasets by way of the first
+        monkeypatch.setattr(caller, "make_labelled_dataset", recording)
     monkeypatch.setattr(log_regression, "C_POWER_RANGE", torch.tensor([0.0]))
     options = [*tiny_case.options(tmp_path), *more, "--opts", *OVERRIDES]
     module.main(module.get_args_parser().parse_args(options))

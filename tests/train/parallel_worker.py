@@ -14,7 +14,7 @@ from dinov2.train.freezing import BackboneStart
 from dinov2.train.optimizer import build_optimizer
 from dinov2.train.schedules import build_schedulers
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.train import train_step
+from dinov2.train.step import StepResult, train_step
 from dinov2.utils.seeding import seed_everything
 
 GLOBAL_BATCH = 4  # images over all ranks
@@ -53,14 +53,8 @@ def make_batch(cfg, step: int) -> dict:
     }
 
 
-def main(config_file: str, output: str) -> None:
-    distributed.enable(device="cpu", overwrite=True)
-    cfg = OmegaConf.load(config_file)
-    # Differing seeds on purpose: preparing for training must make the ranks equal.
-    seed_everything(7, distributed.get_global_rank())
-    model = SSLMetaArch(cfg)
-    model.prepare_for_distributed_training()
-    model.train()
+def take_steps(cfg, model: SSLMetaArch, steps: int) -> tuple[torch.optim.Optimizer, list[StepResult]]:
+    """Train a prepared model on the fixed batches."""
     optimizer = build_optimizer(cfg, model.get_params_groups())
     schedules, start = build_schedulers(cfg), BackboneStart(model.cfg, model.student["backbone"])
     results = [
@@ -71,9 +65,20 @@ def main(config_file: str, output: str) -> None:
             start.enter(step, schedules.at(step)),
             cfg.optim.clip_grad,
         )
-        for step in range(NUM_STEPS)
+        for step in range(steps)
     ]
     model.finish_center_updates()
+    return optimizer, results
+
+
+def main(config_file: str, output: str) -> None:
+    distributed.enable(device="cpu", overwrite=True)
+    cfg = OmegaConf.load(config_file)
+    # Differing seeds on purpose: preparing for training must make the ranks equal.
+    seed_everything(7, distributed.get_global_rank())
+    model = SSLMetaArch(cfg)
+    model.prepare_for_distributed_training()
+    _, results = take_steps(cfg, model.train(), NUM_STEPS)
     if distributed.is_main_process():
         content = {
             "losses": [result.losses for result in results],

@@ -18,16 +18,12 @@ from dinov2 import distributed
 from dinov2.fsdp import get_fsdp_modules, reshard_fsdp_model
 from dinov2.fsdp.sharding import local_part, whole_tensor
 from dinov2.fsdp.state import gather
-from dinov2.train.freezing import BackboneStart
-from dinov2.train.optimizer import build_optimizer
 from dinov2.train.run_state import do_test
-from dinov2.train.schedules import build_schedulers
 from dinov2.train.sharding import shard_networks
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.train import train_step
 from dinov2.utils.device import resolve_device
 from dinov2.utils.seeding import seed_everything
-from tests.train.parallel_worker import make_batch
+from tests.train.parallel_worker import make_batch, take_steps
 
 
 def build(cfg, device="cpu"):
@@ -44,19 +40,7 @@ def build(cfg, device="cpu"):
 def train(cfg, steps, device="cpu"):
     """Take some steps; return the model, its optimizer, and what this process saw."""
     model = build(cfg, device)
-    optimizer = build_optimizer(cfg, model.get_params_groups())
-    schedules, start = build_schedulers(cfg), BackboneStart(model.cfg, model.student["backbone"])
-    results = [
-        train_step(
-            model,
-            optimizer,
-            make_batch(cfg, step),
-            start.enter(step, schedules.at(step)),
-            cfg.optim.clip_grad,
-        )
-        for step in range(steps)
-    ]
-    model.finish_center_updates()
+    optimizer, results = take_steps(cfg, model, steps)
     gradients = {name: part_gradient_norm(part) for name, part in model.student.items()}
     moments = [state["exp_avg"] for state in optimizer.state.values()]
     facts = {

@@ -1,9 +1,6 @@
 """Accumulating k batches on W processes is the run of k * W processes, whatever k and W."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +9,7 @@ import torch
 from dinov2 import distributed
 from dinov2.data.unreadable import UNREADABLE
 from dinov2.train.input import build_data_loader, build_dataset, in_steps
-from tests.conftest import REPO
+from tests.distributed.launch import run_script
 from tests.train.accumulation_worker import train
 
 STEPS, BROKEN_OFF = 10, 7
@@ -65,11 +62,7 @@ class Run:
         if processes == 1:
             train(*words)
         else:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += [f"--nproc-per-node={processes}", str(REPO / "tests/train/accumulation_worker.py")]
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-            done = subprocess.run([*command, *words], env=env, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, done.stderr[-3000:]
+            run_script("tests/train/accumulation_worker.py", *words, world_size=processes)
         steps = [torch.load(records / f"steps_{rank}.pt", weights_only=True) for rank in range(processes)]
         streams = [records / f"stream_{stream}.txt" for stream in range(processes * accumulate)]
         return Trained(
