@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "hub": "layers models",
     "hub.export": "cli hub layers models",
     "eval": "cli configs data distributed layers logging models utils utils.config",
-    "train": "cli configs data distributed fsdp layers logging loss models utils utils.config",
+    "train": "cli configs data distributed eval fsdp layers logging loss models utils utils.config",
     "run": "cli configs data distributed eval logging train utils",
 }
 
@@ -164,6 +164,7 @@ def test_optional_packages_are_imported_where_they_are_used():
         "transformers",
         "submitit",
         "wandb",
+        "tensorboard",
         "huggingface_hub",
         "peft",
     }

@@ -446,6 +446,38 @@ class Evaluation:
     eval_period_iterations: int = setting(
         12500, "Distance of exports to eval/training_<iteration>; 0 or less for none", unit="iterations"
     )
+    monitor_period: int | None = setting(
+        None,
+        "Distance of evaluations in the loop; null is eval_period_iterations, 0 or less for none",
+        unit="iterations",
+    )
+    monitor_samples: int = setting(
+        512, "Images that the signals without labels are computed on", unit="images", at_least=16
+    )
+    monitor_dataset_path: str = setting(
+        "", "Dataset string of these images; empty takes them from the training set"
+    )
+    train_dataset_path: str = setting(
+        "", "Dataset string of the labelled images that k-NN learns from; empty for no k-NN in the loop"
+    )
+    val_dataset_path: str = setting(
+        "", "Dataset string of the labelled images that k-NN is judged by, not those of the final test"
+    )
+    nb_knn: int = setting(20, "Neighbours that vote in the loop", at_least=1)
+    batch_size: int = setting(64, "Images per process and forward pass in the loop", at_least=1)
+    best_checkpoint: str = setting(
+        "auto",
+        "Signal by which the iteration to ship is chosen; auto is knn_balanced_accuracy where there are "
+        "labels, else rankme; none chooses nothing",
+        choices=("auto", "none", "knn_balanced_accuracy", "knn_macro_f1", "knn_auroc", "rankme"),
+    )
+    early_stop: bool = setting(
+        False, "End the run when the chosen signal has not become better for patience evaluations"
+    )
+    patience: int = setting(5, "Evaluations without a gain after which early_stop ends the run", at_least=1)
+    on_collapse: str = setting(
+        "warn", "What to do when the features collapse: warn, or stop the run", choices=("warn", "stop")
+    )
 
 
 @dataclass(kw_only=True)
@@ -478,6 +510,18 @@ class Head:
 
 
 @dataclass(kw_only=True)
+class Tracking:
+    tensorboard: bool = setting(False, "Write the metrics for TensorBoard, too, to <output_dir>/tensorboard")
+    wandb: str = setting(
+        "off",
+        "Send the metrics to Weights & Biases, too; offline writes them to <output_dir>/wandb without an "
+        "account",
+        choices=("off", "offline", "online"),
+    )
+    wandb_project: str = setting("dinov2", "Project of the runs at Weights & Biases")
+
+
+@dataclass(kw_only=True)
 class Config:
     """The whole configuration, in the order in which ``config.yaml`` is written."""
 
@@ -493,6 +537,7 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
     head: Head = field(default_factory=Head)
+    tracking: Tracking = field(default_factory=Tracking)
 
 
 KEYS: dict[str, Key] = {key.path: key for key in iterate_keys(Config())}

@@ -88,6 +88,7 @@ FREE = (
     "optim.accumulate_steps",
     "evaluation.*",
     "checkpointing.*",
+    "tracking.*",
 )
 
 

@@ -110,7 +110,8 @@ def test_a_single_problem_is_a_single_sentence():
         ("checkpoint.period", "checkpointing.period"),
         ("optimizer.epoch", "optim.epochs"),
         ("train.learning_rate", None),
-        ("wandb.project", None),
+        ("wandb.project", "tracking.wandb_project"),
+        ("quota.limit", None),
         (
             "compute_precision.student.backbone.param_dtype",
             "compute_precision.student.backbone.mixed_precision.param_dtype",
@@ -134,7 +135,8 @@ def test_lenient_drops_unknown_keys_with_one_warning_each(tmp_path, caplog):
     assert messages == [
         'optim.warmup_pochs (c.yaml line 1) is not a config key (did you mean "optim.warmup_epochs"?); '
         "it is ignored",
-        "wandb.project (c.yaml line 2) is not a config key; it is ignored",
+        'wandb.project (c.yaml line 2) is not a config key (did you mean "tracking.wandb_project"?); '
+        "it is ignored",
         "a.b (command line) is not a config key; it is ignored",
     ]
 

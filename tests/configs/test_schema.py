@@ -94,6 +94,20 @@ ADDED = {
     "optim.accumulate_steps": 1,
     "checkpointing.keep_every": None,
     "checkpointing.asynchronous": True,
+    "evaluation.monitor_period": None,
+    "evaluation.monitor_samples": 512,
+    "evaluation.monitor_dataset_path": "",
+    "evaluation.train_dataset_path": "",
+    "evaluation.val_dataset_path": "",
+    "evaluation.nb_knn": 20,
+    "evaluation.batch_size": 64,
+    "evaluation.best_checkpoint": "auto",
+    "evaluation.early_stop": False,
+    "evaluation.patience": 5,
+    "evaluation.on_collapse": "warn",
+    "tracking.tensorboard": False,
+    "tracking.wandb": "off",
+    "tracking.wandb_project": "dinov2",
 }
 
 
