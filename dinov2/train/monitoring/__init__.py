@@ -1,0 +1,1 @@
+"""What is looked at while a run goes on: the quality of the features, and which iteration to ship."""
