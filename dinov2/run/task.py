@@ -36,6 +36,8 @@ class Task:
     """
 
     module: ClassVar[str]
+    # Whether the module itself finds out that its job was started before, and how far that start came.
+    knows_restarts: ClassVar[bool] = False
 
     def __init__(self, args: argparse.Namespace, *, starts: int = 0) -> None:
         self.args = args
@@ -89,9 +91,9 @@ class Task:
         args = copy.deepcopy(self.args)
         args.output_dir = args.output_dir.replace(JOB_ID, str(job_id))
         # Slurm counts the starts that it causes by itself, after a pre-emption or the failure of a node.
-        if getattr(args, "no_resume", False) and (
-            self.starts or int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        ):
+        restarts = self.starts + int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        os.environ.update(DINOV2_JOB=str(job_id), DINOV2_JOB_RESTARTS=str(restarts))
+        if getattr(args, "no_resume", False) and restarts and not self.knows_restarts:
             logger.info("--no-resume held for the first start of this job; now it continues what it began")
             args.no_resume = False
         return args

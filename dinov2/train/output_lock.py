@@ -25,6 +25,7 @@ POLL_SECONDS = 2.0
 _JOBS = (
     ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
     ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+    ("DINOV2_JOB", "DINOV2_JOB_RESTARTS"),  # of dinov2.run, which has executors beside Slurm
 )
 
 

@@ -12,8 +12,10 @@ import submitit
 
 from dinov2.cli import EXIT_START_AGAIN
 from dinov2.errors import Interrupted
+from dinov2.run.eval import linear
 from dinov2.run.submit import submit_jobs
 from dinov2.run.train.train import Trainer
+from dinov2.train.output_lock import job_details
 from tests.run.conftest import parse
 from tests.run.counting import Counter
 
@@ -68,6 +70,8 @@ class FakeJob:
 def stopped(monkeypatch):
     """Run a trainer's task whose training stops by a signal; return exit status and handler's calls."""
     before = signal.getsignal(signal.SIGUSR2)
+    for name in ("DINOV2_JOB", "DINOV2_JOB_RESTARTS"):  # tasks set them for good
+        monkeypatch.setenv(name, "0")
 
     def run(number, rank=0, handler=None):
         def main(args):
@@ -115,15 +119,26 @@ def test_where_nobody_requeues_the_status_asks_for_it(stopped):
 
 
 @pytest.mark.parametrize(
-    ("starts", "restarts", "expected"), [(0, None, True), (1, None, False), (0, "0", True), (0, "1", False)]
+    ("starts", "restarts", "sum_of_both"), [(0, None, 0), (1, None, 1), (0, "0", 0), (0, "1", 1), (2, "1", 3)]
 )
-def test_no_resume_holds_for_the_first_start_only(monkeypatch, tmp_path, starts, restarts, expected):
+def test_no_resume_holds_for_the_first_start_only(monkeypatch, starts, restarts, sum_of_both):
     seen = []
-    monkeypatch.setattr("dinov2.train.main", seen.append, raising=False)
+    for task in (Trainer, linear.Evaluator):
+        monkeypatch.setattr(f"{task.module}.main", seen.append, raising=False)
     monkeypatch.setattr(submitit, "JobEnvironment", lambda: FakeJob(0))
-    if restarts:
-        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    for name, value in (
+        ("SLURM_RESTART_COUNT", restarts),
+        ("DINOV2_JOB", "none"),
+        ("DINOV2_JOB_RESTARTS", "0"),
+    ):
+        if value is not None:
+            monkeypatch.setenv(name, value)
     args = argparse.Namespace(output_dir="x", no_resume=True)
+    linear.Evaluator(args, starts=starts)()
+    assert seen.pop().no_resume is not bool(sum_of_both)
+    # The trainer looks how far the earlier start came: one that ended before it had the output directory must
+    # not make the next one continue an older run.
     Trainer(args, starts=starts)()
-    assert seen[0].no_resume is expected
+    assert seen.pop().no_resume is True
+    assert job_details(os.environ)["DINOV2_JOB"][1] == sum_of_both
     assert args.no_resume is True

@@ -59,6 +59,7 @@ def test_what_is_there_moves_to_a_new_folder_each_time(config, old_run):
         ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "77"),
         ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "77"),
         ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "none"),
+        ("DINOV2_JOB", "DINOV2_JOB_RESTARTS", "77"),
     ],
 )
 def test_a_later_start_of_the_same_job_resumes(config, old_run, monkeypatch, job, count, name):

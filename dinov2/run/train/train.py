@@ -16,6 +16,7 @@ class Trainer(submit.Task):
     """The job that trains."""
 
     module = "dinov2.train"
+    knows_restarts = True  # dinov2.train.start_anew
 
     def check(self) -> Sequence[str]:
         """See :func:`dinov2.run.submit.check_config`."""
