@@ -164,6 +164,22 @@ class FSDPCheckpointer:
         if outcome is not None and outcome.taken:
             raise OutputError(f"this run stops without saving {outcome.name}: {outcome.problem}")
 
+    def require_own_folder(self) -> None:
+        """Make sure that the folder is still this run's.
+
+        Raises:
+            OutputError: It has become another run's; on all processes.
+        """
+        problem = ""
+        if distributed.is_main_process():
+            try:
+                self.may_write()
+            except (UserError, OSError) as error:
+                problem = str(error)
+        problem = distributed.broadcast_object(problem)
+        if problem:
+            raise OutputError(problem)
+
     def wait(self, *, must_succeed: bool = False) -> SaveOutcome | None:
         """Wait until no save is running and return how the last one ended, None before the first.
 

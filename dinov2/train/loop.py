@@ -238,6 +238,7 @@ class TrainingLoop:
                 "or with bf16 or fp32 in compute_precision"
             )
         self.watch.phase(f"going back from iteration {iteration}")
+        self.checkpointer.require_own_folder()
         self.went_back = True
         self.bad.forgive()
         self.optimizer.zero_grad(set_to_none=True)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from dinov2.errors import ConfigError
+from dinov2.errors import ConfigError, OutputError
 from dinov2.fsdp import FSDPCheckpointer
 from dinov2.train import loop, train
 from dinov2.train.start_anew import set_aside, start_anew
@@ -111,3 +111,22 @@ def test_an_export_moves_nothing(tiny, tmp_path, monkeypatch):
     weights = f"MODEL.WEIGHTS={folder}/model_final"
     tiny.start(folder, weights, options=("--no-resume", "--eval-only"))
     assert "model_final" in names(folder) and "before_1" not in names(folder)
+
+
+def test_a_run_whose_folder_was_taken_over_does_not_go_back(tiny, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    real, failing = loop.train_step, []
+
+    def step(*given, **named):
+        result = real(*given, **named)
+        failing.append(len(failing) >= 3)
+        if not failing[-1]:
+            return result
+        (folder / ".running").unlink()  # as somebody does who thinks that the run is dead
+        return replace(result, problem="it is bad")
+
+    monkeypatch.setattr(loop, "train_step", step)
+    with pytest.raises(OutputError, match="the lock .* was deleted"):
+        tiny.start(folder, *SHORT, "optim.max_iterations=6", "train.max_bad_steps=1")
+    rows = (folder / "training_metrics.json").read_text().splitlines()
+    assert len(rows) >= 3, "rows of the run that has the folder now must stay"
