@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -25,6 +25,8 @@ from dinov2.data.processes import lives, this_process
 from dinov2.errors import Interrupted, UserError
 
 logger = logging.getLogger("dinov2")
+
+T = TypeVar("T")
 
 RUNNING, ENDED, FAILED = "running", "ended", "failed"
 VERDICT = "verdict"
@@ -39,6 +41,8 @@ FAREWELL_SECONDS = 25.0
 WARY_BEAT = 1.0  # seconds between two records once a process has failed
 SILENT_BEATS = 3  # missed by a process that is blamed for a collective that has failed
 
+# What a request to the store raises that fails or is not answered.
+_NO_ANSWER = (RuntimeError, ValueError, TimeoutError)
 # What PyTorch raises where a process on the other side has gone.
 _COLLECTIVE_WORDS = ("gloo", "nccl", "connection", "peer", "socket", "collective", "timed out", "watchdog")
 
@@ -124,6 +128,48 @@ def judge(
     return ""
 
 
+class Patience:
+    """Calls the store without ever waiting for it longer than ``seconds``.
+
+    PyTorch's client has a time-out, but after it asks the server to cancel the request, and waits for the
+    answer to that for ever. So each call has a thread of its own, which is given up.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._pending: threading.Thread | None = None
+
+    def call(self, function: Callable[..., T], *given: Any) -> T:
+        """Return ``function(*given)``.
+
+        Raises:
+            TimeoutError: it does not end, or an earlier call has not ended yet.
+            RuntimeError, ValueError: what the function raises.
+        """
+        if self._pending is not None:
+            self._pending.join(self.seconds)
+            if self._pending.is_alive():
+                raise TimeoutError("an earlier request has not been answered")
+        outcome: list[tuple[T | None, Exception | None]] = []
+
+        def run() -> None:
+            try:
+                outcome.append((function(*given), None))
+            except Exception as error:  # handed to the caller
+                outcome.append((None, error))
+
+        self._pending = threading.Thread(target=run, name="watchdog-store", daemon=True)
+        self._pending.start()
+        self._pending.join(self.seconds)
+        if not outcome:
+            raise TimeoutError(f"the request has not been answered for {self.seconds:g} s")
+        self._pending = None
+        result, error = outcome[0]
+        if error is not None:
+            raise error
+        return result
+
+
 class Watchdog:
     """Watches over the processes of the run while the block runs; without a process group it does nothing.
 
@@ -139,6 +185,7 @@ class Watchdog:
         self.beat_seconds = min(LONGEST_BEAT, limit / BEATS_PER_LIMIT)
         # While a collective has failed; a process that lives is not silent for so long.
         self.urgent_silence = min(limit, SILENT_BEATS * self.beat_seconds + 1)
+        self._patience = Patience(max(2.0, self.beat_seconds))
         self._record = Record(distributed.get_global_rank(), this_process())
         self._changing = threading.Lock()  # the record; never held while the store is asked
         self._thread: threading.Thread | None = None
@@ -157,7 +204,7 @@ class Watchdog:
         # Keys of an earlier start of the run may still be in the launcher's store.
         name = distributed.broadcast_object(uuid.uuid4().hex)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        patience = timedelta(seconds=max(2.0, self.beat_seconds))
+        patience = timedelta(seconds=self._patience.seconds)
         store = dist.TCPStore(host, port, is_master=False, timeout=patience)
         self._store = dist.PrefixStore(f"dinov2/watchdog/{name}", store)
         self._store.set_timeout(patience)
@@ -221,17 +268,17 @@ class Watchdog:
                 if all(record.state != RUNNING for record in self._read()[1]):
                     break
                 time.sleep(0.02)
-        except (RuntimeError, ValueError) as error:
+        except _NO_ANSWER as error:
             logger.debug("the last record could not be left: %s", error)
 
     def _write(self) -> None:
         with self._changing:
             self._record = replace(self._record, beat=self._record.beat + 1)
             record = self._record
-        self._store.set(self._keys[record.rank], json.dumps(asdict(record)))
+        self._patience.call(self._store.set, self._keys[record.rank], json.dumps(asdict(record)))
 
     def _read(self) -> tuple[str, list[Record]]:
-        verdict, *texts = self._store.multi_get([VERDICT, *self._keys])
+        verdict, *texts = self._patience.call(self._store.multi_get, [VERDICT, *self._keys])
         return verdict.decode(), [Record(**json.loads(text)) for text in texts]
 
     def _first_look(self) -> list[Observation]:
@@ -248,7 +295,7 @@ class Watchdog:
                 lost_at = None
                 for seen, record in zip(self._observed, records, strict=True):
                     seen.update(record, time.monotonic())
-            except (RuntimeError, ValueError) as error:
+            except _NO_ANSWER as error:
                 lost_at = now if lost_at is None else lost_at
                 logger.debug("the store of the processes cannot be reached: %s", error)
             if not verdict:
@@ -275,7 +322,7 @@ class Watchdog:
                 self._record = replace(self._record, state=ENDED)
             try:
                 self._write()
-            except (RuntimeError, ValueError) as error:
+            except _NO_ANSWER as error:
                 logger.debug("the last record could not be left: %s", error)
         cli.abandon(self._sentence(self._verdict))
 
@@ -301,8 +348,8 @@ class Watchdog:
     def _publish(self, verdict: str) -> None:
         """Let every process end with the same sentence; who holds the store gives the others time to read."""
         try:
-            self._store.set(VERDICT, verdict)
-        except (RuntimeError, ValueError) as error:
+            self._patience.call(self._store.set, VERDICT, verdict)
+        except _NO_ANSWER as error:
             logger.debug("the verdict could not be shared: %s", error)
             return
         if distributed.is_main_process():

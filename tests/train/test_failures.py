@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, replace
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 
@@ -352,6 +353,35 @@ def test_all_are_said_to_answer_only_if_they_do(answers):
     told = watch._explain(RuntimeError("gloo: connection closed by peer"))
     assert "the processes lost each other" in told
     assert ("though all of them still answer" in told) == answers
+
+
+STORE = """
+import sys, time
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=True, wait_for_workers=False)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_store_that_does_not_answer_is_not_waited_for():
+    port = free_port()
+    server = subprocess.Popen([sys.executable, "-c", STORE, str(port)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout.readline() == "ready\n"
+        short = timedelta(seconds=0.5)
+        store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False, timeout=short)
+        patience = watchdog.Patience(1.0)
+        patience.call(store.set, "key", "value")
+        assert patience.call(store.multi_get, ["key"]) == [b"value"]
+        server.send_signal(signal.SIGSTOP)
+        with pytest.raises((TimeoutError, RuntimeError)):
+            patience.call(store.multi_get, ["key"])
+        with pytest.raises((TimeoutError, RuntimeError)):
+            patience.call(store.multi_get, ["key"])
+    finally:
+        server.kill()
+        server.communicate()
 
 
 def test_no_phase_is_lost_to_the_thread_that_writes(monkeypatch):

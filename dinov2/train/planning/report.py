@@ -108,6 +108,8 @@ def make_plan(
         return memory.total <= machine.memory * GIB
 
     largest = largest_that(fits)
+    storage = run_storage(cfg, networks, iterations)
+    here = min(machine.gpus, machine.gpus_per_node)
     return Plan(
         machine=machine,
         networks=networks,
@@ -120,16 +122,20 @@ def make_plan(
             sizes,
             FABRICS[machine.fabric],
             processes=machine.gpus,
-            per_machine=min(machine.gpus_per_node, machine.gpus),
+            per_machine=here,
             work=work,
         ),
-        storage=run_storage(cfg, networks, iterations),
+        storage=storage,
         iterations=iterations,
         tiles=tiles,
         largest_batch=largest,
         wanted=_reach(total_batch, cfg, networks, layout, machine) if total_batch else None,
         host_bytes=host_memory(
-            cfg, work, processes=min(machine.gpus, machine.gpus_per_node), crop_bytes=held.compute
+            cfg,
+            work,
+            processes=here,
+            crop_bytes=held.compute,
+            checkpoint=storage.checkpoint * here // machine.gpus,
         ),
         pipeline=cfg.crops.pipeline,
     )

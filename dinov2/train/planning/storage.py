@@ -46,9 +46,12 @@ def run_storage(cfg: Any, networks: Networks, iterations: int) -> Storage:
     return Storage(checkpoint, export, kept * checkpoint + exports * export, kept, exports)
 
 
-def host_memory(cfg: Any, work: Workload, *, processes: int, crop_bytes: int) -> int:
-    """Return the bytes of RAM a machine needs for ``processes`` training processes and their loaders."""
+def host_memory(cfg: Any, work: Workload, *, processes: int, crop_bytes: int, checkpoint: int) -> int:
+    """Return the bytes of RAM a machine needs for ``processes`` training processes and their loaders.
+
+    ``checkpoint`` is this machine's share of one: a copy of it stays in memory from save to save.
+    """
     workers = cfg.train.num_workers
     batch = work.pixels * (1 if cfg.crops.pipeline == "device" else crop_bytes)
     prefetched = max(workers * (cfg.train.prefetch_factor or 2), 1) * batch
-    return processes * (PROCESS_BYTES + workers * WORKER_BYTES + prefetched)
+    return processes * (PROCESS_BYTES + workers * WORKER_BYTES + prefetched) + checkpoint

@@ -1,6 +1,5 @@
 """Memory of real steps, in this machine's RAM and on a GPU, compared with what is calculated."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,16 +11,10 @@ import torch
 from tests.conftest import REPO
 from tests.train.planning.steps import calculated, resolve, run_steps
 
-RECOMPUTES = importlib.util.find_spec("dinov2.layers.recompute") is not None
-
 CASES = {
     "activations": ("train.batch_size_per_gpu=8", "dino.head_n_prototypes=8192"),
     "prototypes": ("train.batch_size_per_gpu=4",),
 }
-MODES = [
-    pytest.param(mode, marks=pytest.mark.skipif(not RECOMPUTES, reason="blocks do not recompute here"))
-    for mode in ("selective", "full")
-]
 
 
 def measure(*overrides: str) -> dict:
@@ -44,7 +37,7 @@ def test_growth_of_ram(case):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["selective", "full"])
 def test_growth_of_ram_with_recomputation(mode):
     report = measure(*CASES["activations"], f"train.activation_checkpointing={mode}")
     assert report["calculated"] == pytest.approx(report["measured"], rel=0.15)

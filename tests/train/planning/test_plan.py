@@ -90,6 +90,12 @@ def test_sharding_divides_the_state_and_recomputation_the_activations():
     assert full.memory.moments["losses"]["activations"] < one.memory.moments["losses"]["activations"] / 3
 
 
+def test_each_machine_holds_its_share_of_a_checkpoint():
+    one = plan("--gpus", "4", "--gpus-per-node", "4")
+    two = plan("--gpus", "8", "--gpus-per-node", "4")
+    assert one.host_bytes - two.host_bytes == one.storage.checkpoint / 2
+
+
 def test_bytes_sent_under_every_strategy():
     """100 parameters in each network, 2 bytes gathered and 4 reduced, over 2 machines of 2."""
     sizes = Sizes(student=100, trainable=100, teacher=100, units=1, gathered=2, reduced=4)
