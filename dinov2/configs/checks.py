@@ -255,8 +255,8 @@ def labelled_images(values: Values) -> Iterator[Finding]:
     if len(named) == 1:
         (missing,) = set(keys) - set(named)
         yield Finding(
-            f"{named[0]} is '{values[named[0]]}' but {missing} is empty: k-NN in the loop learns from one set of "
-            "labelled images and is judged by another, so name both, or leave both empty"
+            f"{named[0]} is '{values[named[0]]}' but {missing} is empty: k-NN in the loop learns from one "
+            "set of labelled images and is judged by another, so name both, or leave both empty"
         )
 
 

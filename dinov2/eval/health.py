@@ -41,7 +41,7 @@ def rankme_centered(features: Tensor) -> float:
 
 
 def alpha_req(features: Tensor) -> float:
-    """Return how fast the eigenvalues of the features' (N, D) covariance fall: alpha of ``c * index**-alpha``.
+    """Return how fast the eigenvalues of the covariance of the features (N, D) fall: as ``index**-alpha``.
 
     A line through the logarithms of eigenvalues and indices, by least squares, over the indices 11 to
     min(D, 200). The covariance of N images has N - 1 eigenvalues, and those below the rounding of the largest

@@ -100,7 +100,8 @@ class TrainingLoop:
         """
         following: Place | None = place
         if self.monitor is not None:
-            temperature = self.schedules.at(place.iteration).teacher_temp
+            latest = place.iteration - 1 if self.continues else place.iteration
+            temperature = self.schedules.at(latest).teacher_temp
             self.ended = self.monitor.begin(
                 place.iteration, continues=self.continues, teacher_temp=temperature
             )

@@ -2,14 +2,17 @@
 
 import json
 import math
+import os
 import shutil
+import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from dinov2.data.transforms import make_classification_eval_transform
-from dinov2.errors import ConfigError, DatasetError
+from dinov2.errors import ConfigError, DatasetError, Interrupted
 from dinov2.eval import health
 from dinov2.train import SSLMetaArch
 from dinov2.train.monitoring.images import Images, open_sources, pixels
@@ -138,6 +141,7 @@ def test_a_missing_evaluation_is_made_up_for_and_a_lost_start_is_told(monitored,
     assert "drift from the starting backbone is not told" in (resumed / "logs" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_drift_is_not_told_of_other_images(monitored, tmp_path):
     run, out, overrides = monitored
     resumed = tmp_path / "run"
@@ -150,6 +154,7 @@ def test_drift_is_not_told_of_other_images(monitored, tmp_path):
     assert "is of other images" in (resumed / "logs" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_new_run_sets_the_records_of_the_old_one_aside(monitored, tmp_path):
     run, out, overrides = monitored
     again = tmp_path / "run"
@@ -179,6 +184,7 @@ def test_without_labels_there_is_no_knn(tiny, tmp_path):
     assert math.isfinite(signals["student_rankme"])
 
 
+@pytest.mark.slow
 def test_an_adapted_student_is_evaluated(tiny, tmp_path):
     pytest.importorskip("peft")
     tiny.start(tmp_path, *MONITORED, "optim.max_iterations=3", "student.lora_rank=2")
@@ -324,3 +330,76 @@ def test_prototypes_are_assigned_as_documented(tiny):
         assert got["teacher_student_kl"] == pytest.approx(
             health.kl_divergence(teacher, student).mean().item(), rel=1e-4
         )
+
+
+@pytest.mark.slow
+def test_a_signal_puts_the_evaluation_off_until_the_run_comes_back(tiny, tmp_path, monkeypatch):
+    from dinov2.train import train as module
+
+    class Signals(Judge):
+        def on_record(self, records):
+            if len(records) == 2:  # during the evaluation after one iteration
+                os.kill(os.getpid(), signal.SIGTERM)
+            return Decision()
+
+    def judged(*args, **kwargs):
+        return Monitor(*args, judge=Signals(), **kwargs)
+
+    out, overrides = (
+        tmp_path / "run",
+        (*MONITORED[1:], "evaluation.monitor_period=1", "optim.max_iterations=4"),
+    )
+    tiny.start(tmp_path / "whole", *overrides)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Monitor", judged)
+        with pytest.raises(Interrupted, match="saved after iteration 1"):
+            tiny.start(out, *overrides)
+    assert [record.iteration for record in read_records(out / RECORDS_FILE)] == [0, 1]
+    tiny.start(out, *overrides)
+    assert_equal_records(read_records(out / RECORDS_FILE), read_records(tmp_path / "whole" / RECORDS_FILE))
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_back_drops_the_records_it_makes_again(tiny, tmp_path, monkeypatch):
+    from dinov2.train import loop as module
+
+    real, calls = module.train_step, []
+
+    def failing(*args, **kwargs):
+        calls.append(None)
+        result = real(*args, **kwargs)
+        return replace(result, problem="a loss is said to be nan") if len(calls) in (4, 5) else result
+
+    monkeypatch.setattr(module, "train_step", failing)
+    monkeypatch.setattr(module, "diagnose", lambda *args, **kwargs: "no diagnosis")
+    tiny.start(
+        tmp_path,
+        *("evaluation.monitor_period=1", "train.self_check=off", "checkpointing.period=2"),
+        *("train.max_bad_steps=2", "optim.max_iterations=5"),
+    )
+    assert "goes back to iteration 2" in (tmp_path / "logs" / "log.txt").read_text()
+    records = read_records(tmp_path / RECORDS_FILE)
+    assert [record.iteration for record in records] == [0, 1, 2, 3, 4, 5]
+
+
+def test_features_that_are_not_finite_are_a_record_and_a_warning(tiny, tmp_path, caplog, labelled_folder):
+    cfg = tiny.resolve(*MONITORED, *labels(labelled_folder), f"train.output_dir={tmp_path}")
+    model = prepared(cfg)
+    model.teacher["backbone"].norm.weight.fill_(math.nan)
+    Monitor(cfg, model, open_sources(cfg)).begin(0, continues=False, teacher_temp=0.05)
+    (record,) = read_records(tmp_path / RECORDS_FILE)
+    for name in ("rankme", "knn_accuracy", "teacher_prototype_entropy", "teacher_student_kl", "agreement"):
+        assert math.isnan(record.signals[name]), name
+    assert math.isfinite(record.signals["student_rankme"])
+    assert "the teacher's features of 40 images are not finite" in caplog.text
+
+
+def test_an_image_that_cannot_be_read_is_replaced_with_a_warning(tiny, tmp_path, tile_folder, caplog):
+    shutil.copytree(tile_folder, tmp_path / "tiles")
+    (tmp_path / "tiles" / "nest" / "03.png").write_bytes(b"")
+    cfg = tiny.resolve(
+        *MONITORED, "evaluation.monitor_samples=30", f"train.dataset_path=ImageFolder:root={tmp_path}/tiles"
+    )
+    images = Images(cfg, open_sources(cfg).monitored)
+    assert images.count == 24
+    assert "look at another image instead of" in caplog.text and "03.png" in caplog.text

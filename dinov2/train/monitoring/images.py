@@ -1,8 +1,8 @@
 """The images that evaluations in the loop look at: opened before the networks are built, read once.
 
-They stay in memory as bytes, each process's share, 147 KiB per image at 224 px: later evaluations then wait for
-no storage, cannot fail on an image, and see the same pixels. A few hundred to some thousand images are meant;
-more than :data:`MOST_BYTES` are refused.
+They stay in memory as bytes, each process's share, 147 KiB per image at 224 px: later evaluations then wait
+for no storage, cannot fail on an image, and see the same pixels. A few hundred to some thousand images are
+meant; more than :data:`MOST_BYTES` are refused.
 """
 
 import hashlib
@@ -144,16 +144,16 @@ def _open_labelled(cfg: DictConfig, transform: Callable[[Any], Tensor]) -> Label
     known = labels["train"].unique()
     if len(known) < 2:
         raise DatasetError(
-            f'all images of "{strings["train"]}" (evaluation.train_dataset_path) are of one class, so there is '
-            "nothing to tell apart: name a dataset with two classes or more, or leave "
+            f'all images of "{strings["train"]}" (evaluation.train_dataset_path) are of one class, so there '
+            "is nothing to tell apart: name a dataset with two classes or more, or leave "
             "evaluation.train_dataset_path and val_dataset_path empty"
         )
     unknown = labels["val"][~torch.isin(labels["val"], known)]
     if len(unknown):
         raise DatasetError(
-            f'{len(unknown)} images of "{strings["val"]}" (evaluation.val_dataset_path) have classes, such as '
-            f"number {int(unknown[0])}, of which evaluation.train_dataset_path has no image: give both the "
-            "same classes"
+            f'{len(unknown)} images of "{strings["val"]}" (evaluation.val_dataset_path) have classes, such '
+            f"as number {int(unknown[0])}, of which evaluation.train_dataset_path has no image: give both "
+            "the same classes"
         )
     return Labelled(datasets, labels, int(known.max()) + 1)
 
@@ -162,8 +162,8 @@ def _labels(dataset: Dataset, dataset_str: str) -> Tensor:
     targets = dataset.get_targets() if hasattr(dataset, "get_targets") else None
     if targets is None:
         raise DatasetError(
-            f'the dataset "{dataset_str}" cannot list its labels (it has no get_targets()), which evaluations '
-            "in the loop need: use a dataset with classes, such as ImageFolder:root=<folder>"
+            f'the dataset "{dataset_str}" cannot list its labels (it has no get_targets()), which '
+            "evaluations in the loop need: use a dataset with classes, such as ImageFolder:root=<folder>"
         )
     return torch.from_numpy(np.array(targets, dtype=np.int64))
 

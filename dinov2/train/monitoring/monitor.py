@@ -38,7 +38,7 @@ KNN_SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "auroc")
 class Monitor:
     """Evaluates the networks of a run on fixed images and keeps the records.
 
-    All processes make one, with the same arguments, and call its methods together. Making it reads the images.
+    All processes make one, with the same arguments, and call its methods together. It reads the images first.
 
     Args:
         cfg: Resolved config.
@@ -85,12 +85,12 @@ class Monitor:
         Args:
             done: Iterations done.
             continues: Whether the run is resumed; else what stands in the files is of no run.
-            teacher_temp: The teacher's temperature of the next step.
+            teacher_temp: The teacher's temperature of the latest step, or of the first one.
         """
         self.rewind(done if continues else -1)
         if not continues:
             return self.evaluate(0, teacher_temp)
-        self.start_features = distributed.broadcast_object(self._read_start())
+        self.start_features = self._read_start()
         missing = all(record.iteration != done for record in self.records)
         if done and self.due(done) and missing:
             return self.evaluate(done, teacher_temp)
@@ -155,8 +155,8 @@ class Monitor:
             broken = sum(int((~rows.isfinite().all(dim=1)).sum()) for rows in own.values())
             if broken:
                 logger.warning(
-                    "after %d iterations the %s's features of %d images are not finite: what is computed from "
-                    "them is no number",
+                    "after %d iterations the %s's features of %d images are not finite: what is computed "
+                    "from them is no number",
                     *(done, network, broken),
                 )
             if self.labelled is not None:

@@ -1,7 +1,7 @@
 """What the networks of a run say of fixed images, without leaving a trace in them.
 
-Shapes: n images, b images of a batch, D width, K prototypes. Every process runs equally many forward passes, as
-sharded networks need.
+Shapes: n images, b images of a batch, D width, K prototypes. Every process runs equally many forward passes,
+as sharded networks need.
 """
 
 import random
