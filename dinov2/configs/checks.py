@@ -249,6 +249,17 @@ def continuing(values: Values) -> Iterator[Finding]:
         )
 
 
+def labelled_images(values: Values) -> Iterator[Finding]:
+    keys = ("evaluation.train_dataset_path", "evaluation.val_dataset_path")
+    named = [key for key in keys if values[key]]
+    if len(named) == 1:
+        (missing,) = set(keys) - set(named)
+        yield Finding(
+            f"{named[0]} is '{values[named[0]]}' but {missing} is empty: k-NN in the loop learns from one "
+            "set of labelled images and is judged by another, so name both, or leave both empty"
+        )
+
+
 def dead_keys(values: Values) -> Iterator[Finding]:
     for key, instead in DEAD_KEYS.items():
         if key in values and values[key] not in (KEYS[key].default, None):
@@ -269,6 +280,7 @@ CHECKS: tuple[Callable[[Values], Iterator[Finding]], ...] = (
     weight_sources,
     frozen_parts,
     continuing,
+    labelled_images,
     dead_keys,
 )
 

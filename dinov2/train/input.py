@@ -149,8 +149,12 @@ def build_dataset(cfg: DictConfig, *, augmentation: Callable[[Any], Any] | None 
     )
 
 
-def require_same_length(dataset: Dataset) -> None:
+def require_same_length(dataset: Dataset, name: str = "training set") -> None:
     """Compare the number of samples over all processes, which divide the samples among them by it.
+
+    Args:
+        dataset: as each process sees it.
+        name: of the dataset, for the error.
 
     Raises:
         DatasetError: it differs; in every process.
@@ -159,7 +163,7 @@ def require_same_length(dataset: Dataset) -> None:
     other = next((rank for rank, length in enumerate(lengths) if length != lengths[0]), None)
     if other is not None:
         raise DatasetError(
-            f"the training set has {lengths[0]} samples in process 0 and {lengths[other]} in process {other}"
+            f"the {name} has {lengths[0]} samples in process 0 and {lengths[other]} in process {other}"
             ": see that every machine has the same files and the same index, and start again once nothing "
             "changes them any more"
         )

@@ -22,6 +22,8 @@ from dinov2.train.bad_steps import BadSteps
 from dinov2.train.diagnosis import diagnose
 from dinov2.train.freezing import BackboneStart
 from dinov2.train.input import build_data_loader, in_steps, own_streams, step_samples, stream_count
+from dinov2.train.monitoring.judge import Decision
+from dinov2.train.monitoring.monitor import Monitor
 from dinov2.train.preemption import StopRequest, signal_name
 from dinov2.train.run_state import METRICS_FILE, Restored, drop_rows_from, save_if_due, save_now
 from dinov2.train.schedules import ScheduleValues, build_schedulers
@@ -58,6 +60,7 @@ class TrainingLoop:
         max_iterations: of the whole run.
         stop: signals of this process.
         watch: is told what this process is doing.
+        monitor: evaluates the networks in the loop; None for a run without.
     """
 
     def __init__(
@@ -72,8 +75,10 @@ class TrainingLoop:
         max_iterations: int,
         stop: StopRequest,
         watch: Watchdog,
+        monitor: Monitor | None = None,
     ) -> None:
         self.cfg, self.model, self.dataset, self.optimizer = cfg, model, dataset, optimizer
+        self.monitor, self.continues = monitor, restored.continues
         self.metrics, self.checkpointer = metrics, restored.checkpointer
         self.max_iterations, self.stop, self.watch = max_iterations, stop, watch
         self.images_per_iteration = images_per_iteration(cfg, distributed.get_global_size())
@@ -84,15 +89,25 @@ class TrainingLoop:
         self.bad = BadSteps(cfg.train.max_bad_steps, int(earlier.total) if earlier else 0)
         self.went_back = False
         self.interrupted: Interrupted | None = None
+        self.ended = Decision()  # before the last iteration, by what an evaluation has found
 
     def run(self, place: Place) -> None:
-        """Train from ``place`` to the end.
+        """Train from ``place`` to the end, or to where an evaluation in the loop ends the run.
 
         Raises:
             Interrupted: on every rank, after a step and with a checkpoint of it.
             NonFiniteLossError: on every rank, with the diagnosis.
         """
         following: Place | None = place
+        if self.monitor is not None:
+            latest = place.iteration - 1 if self.continues else place.iteration
+            temperature = self.schedules.at(latest).teacher_temp
+            self.ended = self.monitor.begin(
+                place.iteration, continues=self.continues, teacher_temp=temperature
+            )
+        if self.ended.stop:
+            logger.warning("no step is taken after iteration %d: %s", place.iteration, self.ended.why)
+            return
         while following is not None:
             following = self._stretch(following)
 
@@ -128,6 +143,7 @@ class TrainingLoop:
             if self.bad.too_many or (iteration == self.max_iterations - 1 and self.bad.only_bad):
                 found = self._diagnose(iteration, micro_batches, values, drawn)
                 return self._go_back(iteration, f"{result.problem}; {found}", order)
+            self._evaluate(iteration, values, result)
             self._save(iteration, order, result)
         if self.interrupted is not None:
             raise self.interrupted
@@ -138,7 +154,9 @@ class TrainingLoop:
         self.watch.phase(f"starting the loader for iteration {start}")
         steps = in_steps(loader, self.cfg.optim.accumulate_steps)
         for iteration in count(start):
-            if self.interrupted is not None:  # only now has the last step's row been written
+            if (
+                self.interrupted is not None or self.ended.stop
+            ):  # only now has the last step's row been written
                 return
             self.watch.phase(f"waiting for the data of iteration {iteration}")
             micro_batches = next(steps)
@@ -178,9 +196,19 @@ class TrainingLoop:
         self.metrics.add_meter(SKIPPED, count)
         self.metrics.update(**measured)
 
+    def _evaluate(self, iteration: int, values: ScheduleValues, result: StepResult) -> None:
+        """Evaluate the networks if it is time; a run that is to stop saves first, and evaluates on return."""
+        is_last = iteration == self.max_iterations - 1
+        if self.monitor is None or (result.stop_requested and not is_last):
+            return
+        if self.monitor.due(iteration + 1, is_last=is_last):
+            self.ended = self.monitor.evaluate(iteration + 1, values.teacher_temp)
+        if self.ended.stop:
+            logger.warning("the run ends after iteration %d: %s", iteration, self.ended.why)
+
     def _save(self, iteration: int, order: DataOrder, result: StepResult) -> None:
         """Save what is due, and note to stop if a rank was asked to."""
-        is_last = iteration == self.max_iterations - 1
+        is_last = iteration == self.max_iterations - 1 or self.ended.stop
         self.watch.phase(f"saving after iteration {iteration}")
         saved = save_if_due(
             self.cfg,
@@ -246,6 +274,8 @@ class TrainingLoop:
         back = loaded["iteration"] + 1
         if distributed.is_main_process():
             drop_rows_from(Path(self.cfg.train.output_dir, METRICS_FILE), back)
+        if self.monitor is not None:
+            self.monitor.rewind(back)
         scale = ""
         scaler = self.model.fp16_scaler
         if scaler is not None:

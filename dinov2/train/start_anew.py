@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinov2 import distributed
 from dinov2.errors import ConfigError, OutputError, UserError, some_of
 from dinov2.fsdp import checkpoint_paths
+from dinov2.train.monitoring.records import RECORDS_FILE
 from dinov2.train.output_lock import is_earlier_start, job_details
 from dinov2.train.run_state import METRICS_FILE
 
@@ -87,8 +88,8 @@ def set_aside(cfg: DictConfig) -> None:
 
 
 def _move(folder: Path, cfg: DictConfig) -> None:
-    metrics = folder / METRICS_FILE
-    paths = [*checkpoint_paths(folder), *([metrics] if metrics.exists() else [])]
+    rows = [path for name in (METRICS_FILE, RECORDS_FILE) if (path := folder / name).exists()]
+    paths = [*checkpoint_paths(folder), *rows]
     if not paths:
         return
     for key, text in _texts(OmegaConf.to_container(cfg)):

@@ -33,6 +33,8 @@ from dinov2.train.arguments import get_args_parser
 from dinov2.train.initialization import settle_config, write_reports
 from dinov2.train.input import build_dataset, find_order, require_same_length
 from dinov2.train.loop import Place, TrainingLoop
+from dinov2.train.monitoring.images import Sources, open_sources
+from dinov2.train.monitoring.monitor import Monitor
 from dinov2.train.optimizer import apply_optim_scheduler, build_optimizer
 from dinov2.train.output_lock import OutputLock
 from dinov2.train.preemption import StopRequest
@@ -72,6 +74,7 @@ def do_train(
     resume: bool = False,
     *,
     dataset: Dataset | None = None,
+    sources: Sources | None = None,
     resume_anyway: bool = False,
     lock: OutputLock | None = None,
     stop: StopRequest | None = None,
@@ -85,6 +88,7 @@ def do_train(
         resume: continue from the newest checkpoint in the output directory; else checkpoints there are moved
             into a sub-folder.
         dataset: training set, if it is open already; by default the one the config names.
+        sources: images of evaluations in the loop, if they are open already; likewise.
         resume_anyway: continue although the config differs in what decides the result.
         lock: that of the output directory, which is looked at before every checkpoint.
         stop: signals that ask for a stop; by default none are listened to.
@@ -109,6 +113,7 @@ def do_train(
     model.train()
     dataset = build_dataset(cfg) if dataset is None else dataset
     require_same_length(dataset)
+    sources = open_sources(cfg) if sources is None else sources
     settle_run_length(cfg, len(dataset), distributed.get_global_size())
     optimizer = build_optimizer(cfg, model.get_params_groups())
     metrics = MetricLogger(delimiter="  ", output_file=str(Path(cfg.train.output_dir) / METRICS_FILE))
@@ -152,6 +157,7 @@ def do_train(
         order=order,
     )
     enforce(check, cfg.train.self_check)
+    monitor = None if sources is None else Monitor(cfg, model, sources, announce=watch.phase)
     stop.stop_before_training()
     loop = TrainingLoop(
         cfg,
@@ -163,6 +169,7 @@ def do_train(
         max_iterations=max_iterations,
         stop=stop,
         watch=watch,
+        monitor=monitor,
     )
     loop.run(Place(start_iteration, order))
     metrics.synchronize_between_processes()
@@ -231,6 +238,7 @@ def _run(
     require_equal_groups(cfg.compute_precision)
     # Before the networks are built: a wrong dataset string should not cost the time that takes.
     dataset = None if args.eval_only else build_dataset(cfg)
+    sources = None if args.eval_only else open_sources(cfg)
     stop.stop_before_training()
     watch.phase("building the networks")
     model = SSLMetaArch(cfg).to(device)
@@ -244,6 +252,7 @@ def _run(
             model,
             resume=resume,
             dataset=dataset,
+            sources=sources,
             resume_anyway=args.resume_anyway,
             lock=lock,
             stop=stop,

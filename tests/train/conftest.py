@@ -24,7 +24,7 @@ train: {batch_size_per_gpu: 4, num_workers: 0, OFFICIAL_EPOCH_LENGTH: 3, log_per
 teacher: {warmup_teacher_temp_epochs: 1}
 optim: {epochs: 2, warmup_epochs: 1, freeze_last_layer_epochs: 1}
 crops: {global_crops_size: 32, local_crops_size: 16, local_crops_number: 2}
-evaluation: {eval_period_iterations: 3}
+evaluation: {eval_period_iterations: 3, monitor_period: 0, monitor_samples: 16}
 """
 
 
