@@ -260,6 +260,27 @@ def labelled_images(values: Values) -> Iterator[Finding]:
         )
 
 
+def best_iteration(values: Values) -> Iterator[Finding]:
+    wanted, early = values["evaluation.best_checkpoint"], values["evaluation.early_stop"]
+    if wanted.startswith("knn_") and not values["evaluation.val_dataset_path"]:
+        yield Finding(
+            f"evaluation.best_checkpoint is {wanted}, which needs labelled images: name them with "
+            "evaluation.train_dataset_path and evaluation.val_dataset_path, or choose by rankme"
+        )
+    if early and wanted == "none":
+        yield Finding(
+            "evaluation.early_stop is true but evaluation.best_checkpoint is none, so nothing tells when to "
+            "stop: name a signal, or auto"
+        )
+    period = values["evaluation.monitor_period"]
+    period = values["evaluation.eval_period_iterations"] if period is None else period
+    if early and period <= 0:
+        yield Finding(
+            f"evaluation.early_stop is true but nothing is evaluated in the loop (evaluation.monitor_period "
+            f"{values['evaluation.monitor_period']}): set a period"
+        )
+
+
 def dead_keys(values: Values) -> Iterator[Finding]:
     for key, instead in DEAD_KEYS.items():
         if key in values and values[key] not in (KEYS[key].default, None):
@@ -281,6 +302,7 @@ CHECKS: tuple[Callable[[Values], Iterator[Finding]], ...] = (
     frozen_parts,
     continuing,
     labelled_images,
+    best_iteration,
     dead_keys,
 )
 

@@ -201,6 +201,12 @@ def checkpoints(folder: Path) -> list[tuple[Path, int]]:
     return sorted(found, key=lambda entry: (entry[1], entry[0].name), reverse=True)
 
 
+def newest_iteration(folder: Path) -> int | None:
+    """Return the zero-based iteration of the newest periodic checkpoint folder, None if there is none."""
+    named = (path.name.removeprefix("model_") for path in folder.glob("model_*") if path.is_dir())
+    return max((int(number) for number in named if number.isdigit()), default=None)
+
+
 def clear_leftovers(folder: Path) -> None:
     """Put right what saves that were killed have left; nobody else may be saving.
 

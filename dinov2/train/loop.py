@@ -110,6 +110,8 @@ class TrainingLoop:
             return
         while following is not None:
             following = self._stretch(following)
+        if self.monitor is not None:
+            self.monitor.conclude()
 
     def _stretch(self, place: Place) -> Place | None:
         """Train to the end of the run, or until steps fail; return where to go on."""
@@ -154,9 +156,8 @@ class TrainingLoop:
         self.watch.phase(f"starting the loader for iteration {start}")
         steps = in_steps(loader, self.cfg.optim.accumulate_steps)
         for iteration in count(start):
-            if (
-                self.interrupted is not None or self.ended.stop
-            ):  # only now has the last step's row been written
+            # Only now has the last step's row been written.
+            if self.interrupted is not None or self.ended.stop:
                 return
             self.watch.phase(f"waiting for the data of iteration {iteration}")
             micro_batches = next(steps)

@@ -28,7 +28,11 @@ def do_test(cfg: DictConfig, model: SSLMetaArch, iteration: str | int) -> None:
     Raises:
         OutputError: it cannot be written, on all processes.
     """
-    folder = Path(cfg.train.output_dir) / "eval" / str(iteration)
+    export_to(cfg, model, Path(cfg.train.output_dir) / "eval" / str(iteration))
+
+
+def export_to(cfg: DictConfig, model: SSLMetaArch, folder: Path) -> None:
+    """Export teacher and student to ``folder``; see :func:`do_test`."""
     centers = None
     if cfg.train.centering == "centering":
         model.finish_center_updates()

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinov2 import distributed
 from dinov2.errors import ConfigError, OutputError, UserError, some_of
 from dinov2.fsdp import checkpoint_paths
+from dinov2.train.monitoring.best import BEST, FOLDERS
 from dinov2.train.monitoring.records import RECORDS_FILE
 from dinov2.train.output_lock import is_earlier_start, job_details
 from dinov2.train.run_state import METRICS_FILE
@@ -88,8 +89,8 @@ def set_aside(cfg: DictConfig) -> None:
 
 
 def _move(folder: Path, cfg: DictConfig) -> None:
-    rows = [path for name in (METRICS_FILE, RECORDS_FILE) if (path := folder / name).exists()]
-    paths = [*checkpoint_paths(folder), *rows]
+    names = (METRICS_FILE, RECORDS_FILE, BEST, FOLDERS)  # the first of the last two links into the other
+    paths = [*checkpoint_paths(folder), *(path for name in names if (path := folder / name).exists())]
     if not paths:
         return
     for key, text in _texts(OmegaConf.to_container(cfg)):

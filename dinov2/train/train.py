@@ -35,6 +35,7 @@ from dinov2.train.input import build_dataset, find_order, require_same_length
 from dinov2.train.loop import Place, TrainingLoop
 from dinov2.train.monitoring.images import Sources, open_sources
 from dinov2.train.monitoring.monitor import Monitor
+from dinov2.train.monitoring.verdict import RunJudge
 from dinov2.train.optimizer import apply_optim_scheduler, build_optimizer
 from dinov2.train.output_lock import OutputLock
 from dinov2.train.preemption import StopRequest
@@ -157,7 +158,9 @@ def do_train(
         order=order,
     )
     enforce(check, cfg.train.self_check)
-    monitor = None if sources is None else Monitor(cfg, model, sources, announce=watch.phase)
+    monitor = None
+    if sources is not None:
+        monitor = Monitor(cfg, model, sources, RunJudge(cfg, model), announce=watch.phase)
     stop.stop_before_training()
     loop = TrainingLoop(
         cfg,

@@ -26,12 +26,15 @@ class Judge:
         """
         return ()
 
-    def on_record(self, records: Sequence[Record]) -> Decision:
+    def on_record(self, records: Sequence[Record], *, evaluated: bool = True) -> Decision:
         """Decide how to go on; called after a record is in the file, and when a run is resumed.
-
-        The networks are as they were evaluated in the first case: what is exported here is what was judged.
 
         Args:
             records: All of the run, in the order of their iterations; at least one.
+            evaluated: Whether the newest one has just been made: then the networks are as they were
+                evaluated, and what is exported here is what was judged.
         """
         return Decision()
+
+    def conclude(self, records: Sequence[Record]) -> None:
+        """Say what the run has come to; called at its end."""

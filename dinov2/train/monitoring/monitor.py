@@ -94,7 +94,11 @@ class Monitor:
         missing = all(record.iteration != done for record in self.records)
         if done and self.due(done) and missing:
             return self.evaluate(done, teacher_temp)
-        return self.judge.on_record(self.records) if self.records else Decision()
+        return self.judge.on_record(self.records, evaluated=False) if self.records else Decision()
+
+    def conclude(self) -> None:
+        """End the run."""
+        self.judge.conclude(self.records)
 
     def rewind(self, done: int) -> None:
         """Forget records of iterations that are done again: all beyond ``done``."""
