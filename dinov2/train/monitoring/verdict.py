@@ -61,10 +61,11 @@ class RunJudge(Judge):
         if newest.collapse and self.cfg.evaluation.on_collapse == "stop":
             return Decision(True, "the features have collapsed, and evaluation.on_collapse is stop")
         if choice is not None and choice.stop and self.cfg.evaluation.early_stop:
+            tries = counted(choice.without_gain, "evaluation")
             return Decision(
                 True,
-                f"{counted(choice.without_gain, 'evaluation')} brought nothing better than {name_of(choice.best)} "
-                f"(evaluation.early_stop, evaluation.patience {self.cfg.evaluation.patience})",
+                f"{tries} brought nothing better than {name_of(choice.best)} (evaluation.early_stop, "
+                f"evaluation.patience {self.cfg.evaluation.patience})",
             )
         return Decision()
 
