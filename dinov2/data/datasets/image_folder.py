@@ -182,8 +182,8 @@ class NCTCRC(ImageFolder):
         ]
         if differing:
             logger.warning(
-                '"%s" has not as many images as %s was published with: %s; scores on it are not comparable with '
-                "others'",
+                '"%s" has not as many images as %s was published with: %s; scores on it are not '
+                "comparable with others'",
                 *(split_folder, self.split.value, ", ".join(differing)),
             )
 
