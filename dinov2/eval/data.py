@@ -15,6 +15,7 @@ from dinov2 import distributed
 from dinov2.data import DatasetWithEnumeratedTargets, SamplerType, make_data_loader, make_dataset
 from dinov2.errors import DatasetError, some_of
 from dinov2.eval.metrics import NO_LABEL
+from dinov2.eval.neighbors import count_classes
 
 logger = logging.getLogger("dinov2")
 
@@ -64,6 +65,48 @@ def check_same_classes(train_dataset: Dataset, other_dataset: Dataset) -> None:
         )
 
 
+def check_known_labels(train_dataset: Dataset, other_dataset: Dataset) -> None:
+    """Stop if labels go beyond those of the training set, where both list them without reading images.
+
+    Raises:
+        DatasetError: Labels are not classes of the training set, or it has labels that are no classes.
+    """
+    known, labels = (_listed_labels(dataset) for dataset in (train_dataset, other_dataset))
+    if known is None or labels is None:
+        return
+    num_classes = count_classes(torch.from_numpy(known))
+    unknown = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(unknown):
+        label = int(labels[unknown[0]])
+        names = getattr(train_dataset, "classes", None) or []
+        name = f" ({names[label]})" if 0 <= label < len(names) else ""
+        raise DatasetError(
+            f"the label {label}{name} is not among the classes 0..{num_classes - 1} of the training data; "
+            f"{len(unknown)} of {len(labels)} samples have such labels, sample {unknown[0]} first: evaluate "
+            "on a dataset with the same classes, or train with images of all of them"
+        )
+
+
+def warn_of_single_class(train_dataset: Dataset) -> None:
+    """Warn if all training images are of one class, where their labels can be listed."""
+    labels = _listed_labels(train_dataset)
+    if labels is not None and len(labels) and labels.min() == labels.max():
+        logger.warning(
+            "all %d training samples have the label %d: with a single class there is nothing to tell apart, "
+            "and every prediction is that class",
+            len(labels),
+            labels[0],
+        )
+
+
+def _listed_labels(dataset: Dataset) -> np.ndarray | None:
+    """Return the labels (n,) of a dataset, None if it cannot list them or has several per image."""
+    targets = dataset.get_targets() if hasattr(dataset, "get_targets") else None
+    if targets is None or not len(targets) or np.ndim(targets[0]):
+        return None
+    return np.array(targets, dtype=np.int64)
+
+
 def sample_names(dataset: Dataset) -> list[str]:
     """Return what tells each sample of a dataset from others: its path, else its number."""
     path_of = getattr(dataset, "get_image_path", str)
@@ -105,15 +148,17 @@ def make_labelled_datasets(
         The datasets by role.
 
     Raises:
-        DatasetError: One of them is wrong, or their classes differ.
+        DatasetError: One of them is wrong, their classes differ, or labels are not among those of training.
     """
     datasets = {
         role: make_labelled_dataset(text or "", transform, path_map)
         for role, text in strings.items()
         if text or role in ("train", "val")
     }
+    warn_of_single_class(datasets["train"])
     for role in list(datasets)[1:]:
         check_same_classes(datasets["train"], datasets[role])
+        check_known_labels(datasets["train"], datasets[role])
         use = "validation" if role == "val" else role.partition("_")[0]  # test_1 is a test, too
         warn_of_shared_images(datasets["train"], datasets[role], use)
     return datasets

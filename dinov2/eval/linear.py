@@ -23,13 +23,15 @@ from dinov2.data.transforms import make_classification_eval_transform, make_clas
 from dinov2.errors import ConfigError
 from dinov2.eval.cli import add_metric_option, add_result_options, check_draws, make_parser, options_for
 from dinov2.eval.data import (
+    check_known_labels,
     check_same_classes,
     make_evaluation_loader,
     make_labelled_dataset,
     training_labels,
     warn_of_shared_images,
+    warn_of_single_class,
 )
-from dinov2.eval.eva_probe import run_eval_eva
+from dinov2.eval.eva_probe import EvaProtocol, run_eval_eva
 from dinov2.eval.extract import StoredFeaturesOf
 from dinov2.eval.feature_store import StoredTokens, transform_text
 from dinov2.eval.identity import identity_of
@@ -94,12 +96,13 @@ def make_eval_data_loader(
         stored: Puts features in the place of images.
 
     Raises:
-        DatasetError: There are no labels, or the classes are named otherwise than those of ``train_dataset``.
+        DatasetError: There are no labels, or they are not among the classes of ``train_dataset``.
     """
     transform = _eval_transform(normalisation, resize_size)
     dataset = make_labelled_dataset(test_dataset_str, transform, path_map)
     if train_dataset is not None:
         check_same_classes(train_dataset, dataset)
+        check_known_labels(train_dataset, dataset)
         warn_of_shared_images(train_dataset, dataset, "validation or test")
     if stored is not None:
         dataset, num_workers = stored(test_dataset_str, dataset), 0
@@ -298,6 +301,7 @@ def run_eval_linear(
     train_dataset = make_labelled_dataset(
         train_dataset_str, train_transform if augment else eval_transform, path_map
     )
+    warn_of_single_class(train_dataset)
     stored = None
     if not augment:
         stored = StoredFeaturesOf(
@@ -545,7 +549,8 @@ def main(args: argparse.Namespace) -> None:
     """Evaluate as the command line says."""
     model, autocast_dtype = setup_and_build_model(args)
     if args.protocol == "eva":
-        run_eval_eva(model, autocast_dtype=autocast_dtype, **options_for(run_eval_eva, args))
+        options = options_for(run_eval_eva, args) | {"protocol": EvaProtocol()}
+        run_eval_eva(model, autocast_dtype=autocast_dtype, **options)
         return
     options = options_for(run_eval_linear, args)
     run_eval_linear(model, autocast_dtype=autocast_dtype, resume=not args.no_resume, **options)

@@ -6,6 +6,7 @@ al. 2018, "Unsupervised feature learning via non-parametric instance discriminat
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,9 +18,9 @@ from dinov2.errors import DatasetError
 
 logger = logging.getLogger("dinov2")
 
-# One block of similarities is at most 1024 x 32768 float32: 128 MiB, whatever the data set.
+# One block of similarities is at most 1024 x 65536 float32: 256 MiB, whatever the data set.
 QUERY_BLOCK = 1024
-STORED_BLOCK = 32_768
+STORED_BLOCK = 65_536
 # Columns of which the maximum alone is looked at first. Sorting groups out pays if at most one in so many
 # is left.
 GROUP = 16
@@ -47,9 +48,11 @@ def find_neighbors(stored: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Ten
 
 def _find_in_blocks(stored: Tensor, queries: Tensor, k: int, space: Tensor) -> tuple[Tensor, Tensor]:
     best = None
-    for start in range(0, len(stored), STORED_BLOCK):
+    # Blocks of equal size: the first one, of which nothing can be left out, is no larger than it has to be.
+    size = math.ceil(len(stored) / max(1, math.ceil(len(stored) / STORED_BLOCK)))
+    for start in range(0, len(stored), max(1, size)):
         floor = None if best is None or best[0].shape[1] < k else best[0][:, -1:]
-        block = stored[start : start + STORED_BLOCK]
+        block = stored[start : start + size]
         products = space[: len(queries) * len(block)].view(len(queries), len(block))
         similarities, rows = _top_of_groups(torch.mm(queries, block.T, out=products), k, floor)
         found = (similarities, rows + start)
@@ -72,22 +75,28 @@ def _top_of_groups(similarities: Tensor, k: int, floor: Tensor | None) -> tuple[
     Args:
         floor: (Q, 1), values above which alone are of interest; None if all are. Others may be left out.
     """
-    num_groups, rest = divmod(similarities.shape[1], GROUP)
-    if rest:
-        return _top(similarities, k)
-    grouped = similarities.unflatten(1, (num_groups, GROUP))
-    peaks = grouped.amax(dim=2)
+    num_groups = similarities.shape[1] // GROUP
+    # Group g has the columns g, g + num_groups, ...: maxima of whole stretches of memory are fast.
+    grouped = similarities[:, : GROUP * num_groups].unflatten(1, (GROUP, num_groups))
+    peaks = grouped.amax(dim=1) if num_groups else similarities[:, :0]
     # The k largest values lie in the k groups of the largest maxima, or in as many as exceed the floor.
     wanted = k if floor is None else int((peaks > floor).sum(dim=1).max())
-    if wanted * GROUP * WORTHWHILE > similarities.shape[1]:
+    if wanted >= num_groups or wanted * GROUP * WORTHWHILE > similarities.shape[1]:
         return _top(similarities, k)
     peaks, groups = peaks.topk(wanted + 1, dim=1)
-    if floor is None and (peaks[:, -1] == peaks[:, -2]).any():  # a tie at the cut may go either way
-        return _top(similarities, k)
     groups = groups[:, :wanted].sort(dim=1).values  # columns have to stay in their order
-    chosen = grouped.gather(1, groups[:, :, None].expand(-1, -1, GROUP)).flatten(1)
-    values, columns = _top(chosen, k)
-    return values, groups.gather(1, columns // GROUP) * GROUP + columns % GROUP
+    chosen = grouped.gather(2, groups[:, None, :].expand(-1, GROUP, -1)).flatten(1)
+    first = num_groups * torch.arange(GROUP, device=groups.device)
+    columns = (first[:, None] + groups[:, None, :]).flatten(1)
+    rest = torch.arange(GROUP * num_groups, similarities.shape[1], device=groups.device)
+    columns = torch.cat([columns, rest.expand(len(columns), -1)], dim=1)
+    values, places = _top(torch.cat([chosen, similarities[:, GROUP * num_groups :]], dim=1), k)
+    columns = columns.gather(1, places)
+    if floor is None:  # a tie at the cut may go either way
+        tied = (peaks[:, -1] == peaks[:, -2]).nonzero()[:, 0]
+        if len(tied):
+            values[tied], columns[tied] = _top(similarities[tied], k)
+    return values, columns
 
 
 def _top(similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:

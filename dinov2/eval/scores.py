@@ -6,6 +6,8 @@ Rules where implementations differ:
 
 - Recall counts classes that occur among the labels, and so does balanced accuracy, their mean. F1 counts
   classes that occur among labels or predictions; macro F1 is their mean, weighted F1 goes by the labels.
+- The Jaccard index of a class is the share of hits among samples of it or predicted as it; the mean is that
+  of the classes of macro F1.
 - The area under the ROC curve (AUROC) sets each class against all others, equal scores counting half; the
   mean leaves out classes that all samples or none belong to. With two classes it is that of class 1.
 - The distance of two classes in quadratic kappa is that of their numbers.
@@ -30,7 +32,15 @@ logger = logging.getLogger("dinov2")
 
 DRAWS = 1000
 LEVEL = 0.95
-SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "weighted_f1", "auroc", "quadratic_kappa")
+SCORES = (
+    "accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    "weighted_f1",
+    "auroc",
+    "quadratic_kappa",
+    "macro_jaccard",
+)
 
 # Sums of weights are exact in float32 below 2**24, and blocks of draws are this many weights: 16 MiB.
 BLOCK_WEIGHTS = 4_194_304
@@ -211,6 +221,7 @@ def _weighted_scores(predictions: Predictions, weights: Tensor, *, with_auroc: b
         "weighted_f1": (f1.nan_to_num() * support).sum(dim=0) / total,
         "auroc": _mean_area(predictions, weights) if with_auroc else torch.full_like(total, torch.nan),
         "quadratic_kappa": _quadratic_kappa(predictions, weights, support, predicted),
+        "macro_jaccard": (hits / (support + predicted - hits)).nanmean(dim=0),
     }
 
 

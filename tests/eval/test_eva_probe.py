@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from dinov2.errors import DatasetError
-from dinov2.eval import eva_probe
+from dinov2.eval import eva_probe, linear
 from dinov2.eval.eva_probe import EvaProtocol, run_eval_eva, train_probe
 from dinov2.eval.linear import get_args_parser, main
 from tests.distributed.launch import run_in_processes
@@ -81,7 +81,7 @@ def test_labels_beyond_the_training_classes(tiny_case, tiny_backbone, tmp_path):
     picture = f"{tiny_case.train.removeprefix('ImageFolder:root=')}/neoplastic/0.png"
     csv = tmp_path / "images.csv"
     csv.write_text(f"path,label\n{picture},0\n{picture},9\n")
-    with pytest.raises(DatasetError, match=r"go beyond the classes 0\.\.2"):
+    with pytest.raises(DatasetError, match=r"label 9 is not among the classes 0\.\.2"):
         run_eval_eva(
             tiny_backbone, str(tmp_path), tiny_case.train, f"CustomImageDataset:extra={csv}", num_workers=0
         )
@@ -89,6 +89,14 @@ def test_labels_beyond_the_training_classes(tiny_case, tiny_backbone, tmp_path):
 
 def _command_line(case, folder):
     main(get_args_parser().parse_args([*case.options(folder), "--protocol", "eva", "--bootstrap-draws", "0"]))
+
+
+def test_the_command_line(tiny_case, tmp_path, monkeypatch):
+    monkeypatch.setattr(linear, "EvaProtocol", lambda: SHORT)
+    _command_line(tiny_case, tmp_path)
+    summary = json.loads((tmp_path / "results_eval_linear_summary.json").read_text())
+    assert summary["protocol"]["name"] == "eva" and summary["protocol"]["runs"] == SHORT.runs
+    assert summary["results"][0]["setting"] == {"protocol": "eva"}
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ def expected_scores(labels, scores):
         "quadratic_kappa": oracle.cohen_kappa_score(labels, predicted, labels=classes, weights="quadratic")
         if disagree
         else math.nan,
+        "macro_jaccard": oracle.jaccard_score(labels, predicted, average="macro", zero_division=0),
     }
 
 

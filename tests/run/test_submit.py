@@ -14,7 +14,7 @@ import pytest
 import submitit
 
 from dinov2.errors import ConfigError, OutputError
-from dinov2.run.eval import knn, linear, log_regression
+from dinov2.run.eval import extract, knn, linear, log_regression
 from dinov2.run.submit import Task, get_args_parser, get_shared_folder, submit_jobs
 from dinov2.run.train.train import Trainer
 from tests.conftest import REPO
@@ -75,6 +75,7 @@ def test_checkpoint_hands_over_the_same_arguments(tmp_path):
         (knn.Evaluator, "dinov2.eval.knn"),
         (linear.Evaluator, "dinov2.eval.linear"),
         (log_regression.Evaluator, "dinov2.eval.log_regression"),
+        (extract.Extractor, "dinov2.eval.extract"),
     ],
 )
 def test_a_task_calls_the_main_of_its_module_with_its_own_copy(task, module, monkeypatch, tmp_path):
@@ -336,7 +337,7 @@ def test_a_relative_config_file_does_not_depend_on_the_directory_of_the_job(tmp_
     assert seen == [(str(tmp_path / "c.yaml"), str(tmp_path / "out"))]
 
 
-SCRIPTS = ["train/train.py", "eval/knn.py", "eval/linear.py", "eval/log_regression.py"]
+SCRIPTS = ["train/train.py", *(f"eval/{name}.py" for name in ("knn", "linear", "log_regression", "extract"))]
 
 
 def mistaken_words(tmp_path):
@@ -345,7 +346,8 @@ def mistaken_words(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_entry_scripts_report_mistakes_in_one_sentence(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script, *mistaken_words(tmp_path)])
+    needed = ["--dataset", "ImageFolder:root=x"] if script == "eval/extract.py" else []
+    monkeypatch.setattr(sys, "argv", [script, *mistaken_words(tmp_path), *needed])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(REPO / "dinov2" / "run" / script), run_name="__main__")
     assert stop.value.code == 1

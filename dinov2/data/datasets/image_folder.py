@@ -121,6 +121,8 @@ class ImageFolder(ExtendedVisionDataset):
 class NCTCRC(ImageFolder):
     """Nine kinds of colorectal tissue, 224 px at 0.5 um/px (Kather et al., doi 10.5281/zenodo.1214456).
 
+    A class that has not as many images as the published set is warned of.
+
     Args:
         split: ``TRAIN`` (NCT-CRC-HE-100K), ``VAL`` (CRC-VAL-HE-7K, other patients) or ``TRAIN_NONORM``
             (the 100K without colour normalisation).
@@ -139,6 +141,10 @@ class NCTCRC(ImageFolder):
         TRAIN = "NCT-CRC-HE-100K"
         VAL = "CRC-VAL-HE-7K"
         TRAIN_NONORM = "NCT-CRC-HE-100K-NONORM"
+
+    # Images of each class in the published sets.
+    COUNTS_100K = (10407, 10566, 11512, 11557, 8896, 13536, 8763, 10446, 14317)
+    COUNTS_7K = (1338, 847, 339, 634, 1035, 592, 741, 421, 1233)
 
     def __init__(
         self,
@@ -167,6 +173,19 @@ class NCTCRC(ImageFolder):
                 + (f"give root={root.parent}" if inside else f"unpack {self.split.value} into the root")
             )
         super()._open(split_folder, classes)
+        published = self.COUNTS_7K if self.split is self.Split.VAL else self.COUNTS_100K
+        found = np.bincount(self._targets, minlength=len(classes)).tolist()
+        differing = [
+            f"{name} {count} (not {expected})"
+            for name, count, expected in zip(classes, found, published, strict=True)
+            if count != expected
+        ]
+        if differing:
+            logger.warning(
+                '"%s" has not as many images as %s was published with: %s; scores on it are not '
+                "comparable with others'",
+                *(split_folder, self.split.value, ", ".join(differing)),
+            )
 
 
 def _images_below(folder: str, outside: Set[Place] = frozenset()) -> Iterator[str]:

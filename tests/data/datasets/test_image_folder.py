@@ -61,6 +61,20 @@ def test_nct_crc_numbers_classes_alike_in_both_splits(nct_tree, caplog):
     assert "BACK, DEB, LYM, MUC, MUS, NORM, STR" in caplog.text
 
 
+@pytest.mark.parametrize(("split", "counts"), [("TRAIN", NCTCRC.COUNTS_100K), ("VAL", NCTCRC.COUNTS_7K)])
+def test_nct_crc_counts_are_compared_with_the_published_ones(nct_tree, caplog, monkeypatch, split, counts):
+    assert sum(counts) == {"TRAIN": 100_000, "VAL": 7_180}[split]
+    text = f"NCTCRC:split={split}:root={nct_tree}"
+    name = {"TRAIN": "COUNTS_100K", "VAL": "COUNTS_7K"}[split]
+    with caplog.at_level(logging.WARNING, logger="dinov2"):
+        make_dataset(dataset_str=text)
+        assert f"ADI 1 (not {counts[0]})" in caplog.text and f"TUM 1 (not {counts[-1]})" in caplog.text
+        caplog.clear()
+        monkeypatch.setattr(NCTCRC, name, (1,) * 9 if split == "TRAIN" else (1, *[0] * 7, 1))
+        make_dataset(dataset_str=text)
+        assert "published" not in caplog.text
+
+
 def test_nct_crc_wrong_split(nct_tree):
     with pytest.raises(DatasetError, match=r'no split "TEST".*TRAIN, VAL, TRAIN_NONORM'):
         make_dataset(dataset_str=f"NCTCRC:split=TEST:root={nct_tree}")
