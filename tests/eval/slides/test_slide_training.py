@@ -50,15 +50,15 @@ def attention_precision(planted: Planted, out: Path) -> float:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Planted:
     folder = tmp_path_factory.mktemp("small")
-    return make(folder, patients=40, tiles=50, width=16, slides=2, strength=8)
+    return make(folder, patients=40, tiles=50, width=16, slides=2, share=0.04, strength=14)
 
 
 @pytest.fixture(scope="module")
 def trained(small, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("trained")
-    external = make(out / "external", patients=10, tiles=50, width=16, strength=8, seed=5, prefix="E")
+    external = make(out / "external", patients=10, tiles=50, width=16, strength=14, seed=5, prefix="E")
     cohort = ["--external-bags", str(external.bags), "--external-labels", str(external.labels)]
-    run(small, out, "--folds", "3", *QUICK, "--epochs", "10", *cohort)
+    run(small, out, "--folds", "3", *QUICK, "--epochs", "3", *cohort)
     return out
 
 
@@ -108,7 +108,7 @@ def test_a_joined_bag_holds_the_tiles_of_all_slides(small, tmp_path):
 
 
 def test_runs_repeat_with_and_without_workers_and_with_the_folds_of_a_file(small, tmp_path):
-    options = ["--folds", "2", *QUICK, "--epochs", "2", "--max-tiles", "30"]
+    options = ["--folds", "2", *QUICK, "--epochs", "1", "--max-tiles", "30"]
     run(small, tmp_path / "a", *options)
     run(small, tmp_path / "b", *options, "--workers", "1")
     with small.labels.open() as file:
@@ -224,17 +224,23 @@ def test_thinning_takes_other_tiles_each_epoch_and_all_at_test(tmp_path):
 
 
 def signals(tmp_path: Path, aggregator: str, **options) -> Planted:
-    return make(tmp_path / aggregator, patients=200, tiles=500, width=64, **options)
+    return make(tmp_path / aggregator, patients=200, tiles=100, width=32, **options)
 
 
-FULL = {"abmil": [], "transformer": ["--epochs", "12"], "mean": [], "max": []}
+# Two folds and few epochs, at higher rates, to end in minutes.
+FULL = {
+    "abmil": ["--epochs", "12", "--learning-rate", "5e-4"],
+    "transformer": ["--epochs", "6", "--learning-rate", "1e-4"],
+    "mean": ["--epochs", "20"],
+    "max": ["--epochs", "20"],
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("aggregator", ["abmil", "transformer", "mean", "max"])
 def test_two_hundred_patients_with_two_percent_of_marked_tiles(tmp_path, aggregator):
     planted = signals(tmp_path, aggregator)
-    run(planted, tmp_path / "out", "--aggregator", aggregator, *FULL[aggregator])
+    run(planted, tmp_path / "out", "--folds", "2", "--aggregator", aggregator, *FULL[aggregator])
     scores = pooled(tmp_path / "out")["scores"]
     if aggregator in ("abmil", "transformer"):
         precision = attention_precision(planted, tmp_path / "out")
@@ -248,7 +254,7 @@ def test_shuffled_labels_are_not_learned(tmp_path):
     outside = 0
     for seed in range(5):
         planted = signals(tmp_path / str(seed), "abmil", shuffled=True, seed=seed)
-        run(planted, tmp_path / f"out{seed}", "--seed", str(seed), "--epochs", "10")
+        run(planted, tmp_path / f"out{seed}", "--folds", "2", "--seed", str(seed), *FULL["abmil"])
         low, high = pooled(tmp_path / f"out{seed}")["intervals"]["auroc"]
         outside += not low <= 0.5 <= high
     assert outside <= 1  # of five intervals of 95 %
