@@ -139,7 +139,7 @@ def bootstrap(predictions: Predictions, draws: int = DRAWS, seed: int = 0) -> di
         logger.info("no interval of AUROC: %d samples of %d classes", count, predictions.num_classes)
     parts = [
         _weighted_scores(predictions, weights, with_auroc=with_auroc)
-        for weights in _draw_weights(count, draws, seed)
+        for weights in draw_weights(count, draws, seed)
     ]
     return {name: torch.cat([part[name] for part in parts]) for name in SCORES}
 
@@ -186,7 +186,7 @@ def paired_bootstrap(
     return table
 
 
-def _draw_weights(count: int, draws: int, seed: int) -> Iterator[Tensor]:
+def draw_weights(count: int, draws: int, seed: int) -> Iterator[Tensor]:
     """Yield blocks (S, b) of how often each sample is in each draw, float32."""
     generator = np.random.default_rng(seed)
     block = max(1, BLOCK_WEIGHTS // count)

@@ -116,7 +116,7 @@ def test_draws_are_the_scores_of_resampled_samples(monkeypatch, case):
     count = len(predictions.labels)
     monkeypatch.setattr(module, "BLOCK_WEIGHTS", 2 * count)  # several blocks, the last one not full
     drawn = bootstrap(predictions, draws=5, seed=3)
-    weights = torch.cat(list(module._draw_weights(count, 5, 3)), dim=1)
+    weights = torch.cat(list(module.draw_weights(count, 5, 3)), dim=1)
     assert weights.shape == (count, 5) and (weights.sum(dim=0) == count).all()
     for column in range(5):
         rows = torch.arange(count).repeat_interleave(weights[:, column].long())

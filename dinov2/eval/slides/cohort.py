@@ -1,0 +1,242 @@
+"""Cohorts: the patients of a table of labels, and the bags of their slides.
+
+What is wrong with the tables and bags is gathered, so that all of it is said before training starts.
+"""
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dinov2.data.datasets.csv_text import csv_lines
+from dinov2.errors import ConfigError, DatasetError, nearest, some_of
+from dinov2.eval.slides.bags import FEATURES, HDF5_SUFFIXES, find_bags, read_bag
+
+PATIENT, SLIDE = "patient", "slide"
+# More of one kind are counted, not named.
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of a table of labels are called."""
+
+    target: str
+    patient: str = PATIENT
+    slide: str = SLIDE
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A patient with the bags of all slides.
+
+    Attributes:
+        name: what the table calls the patient.
+        label: the class, as written.
+        bags: files of features, one per slide, in the order of the slides' names.
+    """
+
+    name: str
+    label: str
+    bags: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Patients in the order of their names, and the width D of the features of their tiles."""
+
+    patients: tuple[Patient, ...]
+    width: int
+
+    def classes(self) -> list[str]:
+        """Return the labels that occur, in the order of the alphabet."""
+        return sorted({patient.label for patient in self.patients})
+
+
+class Problems:
+    """Gathers what is wrong, by kind; :meth:`stop` says all of it in one error."""
+
+    def __init__(self) -> None:
+        self._items: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, kind: str, item: str) -> None:
+        """Note a case of ``kind``, the start of a sentence that ends with the cases."""
+        self._items[kind].append(item)
+
+    def __bool__(self) -> bool:
+        return bool(self._items)
+
+    def stop(self) -> None:
+        """Raise an error if anything was noted.
+
+        Raises:
+            DatasetError: with a line for each kind.
+        """
+        if self._items:
+            lines = [
+                f"- {kind}: {some_of(items, SHOWN, separator='; ')}" for kind, items in self._items.items()
+            ]
+            raise DatasetError("the patients cannot be used as they are:\n" + "\n".join(lines))
+
+
+def read_cohort(labels: str | Path, bags: str | Path, columns: Columns, problems: Problems) -> Cohort:
+    """Return the patients of a table of labels with the bags of their slides.
+
+    The table is a CSV with a line for each slide: columns for the patient, the slide and the target. A slide
+    is named as its bag, with or without a suffix such as ``.svs``. Bags that the table does not name are left
+    out.
+
+    Args:
+        labels: the CSV.
+        bags: the folder, see :func:`~dinov2.eval.slides.bags.find_bags`.
+        columns: the names of the columns.
+        problems: takes what is wrong with patients, labels and bags; the cohort is of use if that is nothing.
+
+    Raises:
+        DatasetError: the table cannot be read or lacks a column, or there is no bag at all.
+    """
+    rows = _read_rows(Path(labels), columns)
+    found = find_bags(bags)
+    labels_of, slides_of, patients_of = defaultdict(set), defaultdict(set), defaultdict(set)
+    for line, (patient, slide, label) in rows:
+        if not patient or not slide:
+            problems.add(f'lines of "{labels}" without a patient or slide', f"line {line}")
+            continue
+        if not label:
+            problems.add(
+                f'slides without a label below "{columns.target}" in "{labels}" (fill in or delete the line)',
+                f"{slide} of patient {patient} (line {line})",
+            )
+            continue
+        name = slide if slide in found else Path(slide).stem
+        if name not in found:
+            problems.add(
+                f'slides without a bag in "{bags}" (extract them, or delete their lines)',
+                f"{slide} of patient {patient}",
+            )
+        labels_of[patient].add(label)
+        slides_of[patient].add(name)
+        patients_of[name].add(patient)
+    for slide, patients in patients_of.items():
+        if len(patients) > 1:
+            problems.add("slides of several patients", f"{slide} of {', '.join(sorted(patients))}")
+    for patient, values in labels_of.items():
+        if len(values) > 1:
+            problems.add("patients with contradictory labels", f"{patient} ({', '.join(sorted(values))})")
+    patients = tuple(
+        Patient(name, min(values), tuple(found[slide] for slide in sorted(slides_of[name]) if slide in found))
+        for name, values in sorted(labels_of.items())
+    )
+    if not patients and not problems:
+        raise DatasetError(f'"{labels}" names no patient: give a line for each slide below the header')
+    return Cohort(patients, _common_width([path for patient in patients for path in patient.bags], problems))
+
+
+def check_classes(cohort: Cohort, folds: int, problems: Problems) -> None:
+    """Note a cohort of one class, and classes too small for so many folds."""
+    classes = cohort.classes()
+    if len(classes) == 1:
+        problems.add("all patients are of one class, and two are needed", classes[0])
+    for name in classes:
+        count = sum(patient.label == name for patient in cohort.patients)
+        if count < folds:
+            problems.add(
+                f"classes with fewer patients than the {folds} folds (use fewer --folds)",
+                f"{name} ({count})",
+            )
+
+
+def check_external(cohort: Cohort, external: Cohort, problems: Problems) -> None:
+    """Note what keeps a cohort from being a test of models that were trained on another."""
+    own = {patient.name for patient in cohort.patients}
+    for patient in external.patients:
+        if patient.name in own:
+            problems.add("patients of both cohorts", patient.name)
+        if patient.label not in cohort.classes():
+            problems.add(
+                f"external patients of classes that are not trained ({', '.join(cohort.classes())})",
+                f"{patient.name} ({patient.label})",
+            )
+    if cohort.width and external.width and cohort.width != external.width:
+        problems.add("the cohorts have features of two widths", f"{cohort.width} and {external.width}")
+
+
+def in_class_order(classes: Sequence[str], positive: str | None) -> list[str]:
+    """Return the classes with the positive one, of two, in the last place.
+
+    Args:
+        classes: in the order of the alphabet.
+        positive: None keeps that order, in which ``1``, ``pos`` and ``yes`` come last.
+
+    Raises:
+        ConfigError: there is no such class, or there are more than two.
+    """
+    if positive is None:
+        return list(classes)
+    if positive not in classes or len(classes) != 2:
+        raise ConfigError(
+            f'the positive class is "{positive}", the classes are {", ".join(classes)}: name one of two'
+        )
+    return [name for name in classes if name != positive] + [positive]
+
+
+def bag_shape(path: Path) -> tuple[int, int]:
+    """Return the number of tiles and the width of a bag, without reading its features where that is possible.
+
+    Raises:
+        DatasetError: see :func:`~dinov2.eval.slides.bags.read_bag`.
+    """
+    shape: Iterable[int] = ()
+    try:
+        if path.suffix.lower() in HDF5_SUFFIXES:
+            import h5py
+
+            with h5py.File(path, "r") as file:
+                shape = next((file[name].shape for name in FEATURES if name in file), ())
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            shape = content.shape if isinstance(content, torch.Tensor) else content["features"].shape
+    except Exception:  # whatever it is, the reader says it in a sentence
+        shape = ()
+    shape = tuple(shape)[-2:]
+    return shape if len(shape) == 2 and all(shape) else tuple(read_bag(path).features.shape)
+
+
+def _common_width(paths: Sequence[Path], problems: Problems) -> int:
+    """Return the width of the features of all bags, 0 without bags; others than that of most are noted."""
+    of_width: dict[int, list[Path]] = defaultdict(list)
+    for path in paths:
+        try:
+            of_width[bag_shape(path)[1]].append(path)
+        except DatasetError as error:
+            problems.add("bags that cannot be read", str(error))
+    if not of_width:
+        return 0
+    width = max(of_width, key=lambda width: len(of_width[width]))
+    for other in sorted(set(of_width) - {width}):
+        for path in of_width[other]:
+            problems.add(f"bags of another width than the {width} of most", f"{path.stem} ({other})")
+    return width
+
+
+def _read_rows(path: Path, columns: Columns) -> list[tuple[int, tuple[str, str, str]]]:
+    """Return the number of each line with its patient, slide and label."""
+    if not path.is_file():
+        raise DatasetError(
+            f'the table of labels "{path}" is missing: give a CSV with columns for patient, slide and target'
+        )
+    wanted = (columns.patient, columns.slide, columns.target)
+    with csv_lines(path) as lines:
+        reader = csv.DictReader(lines, skipinitialspace=True, restval="")
+        names = [name.strip() for name in reader.fieldnames or ()]
+        for name in wanted:
+            if name not in names:
+                raise DatasetError(
+                    f'"{path}" has no column "{name}"{nearest(name, names)}, only {", ".join(names)}: give '
+                    "--target, --patient-column and --slide-column as the header has them"
+                )
+        reader.fieldnames = names
+        return [(reader.line_num, tuple(row[name].strip() for name in wanted)) for row in reader]
