@@ -1,0 +1,1 @@
+"""Evaluation on whole slides: bags of tile features, and what is learned from them."""
