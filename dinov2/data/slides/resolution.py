@@ -56,7 +56,8 @@ def find_mpp(
     if not found:
         raise DatasetError(
             f'the slide "{path}" does not say how large its pixels are: give its mpp (um per level-0 pixel; '
-            "about 0.25 at 40x, 0.5 at 20x)"
+            "about 0.25 at 40x, 0.5 at 20x), in the column mpp of a CSV or, to extract features, by "
+            "--assume-mpp"
         )
     return found
 

@@ -160,7 +160,7 @@ def extract_all(run: Extraction) -> list[dict]:
 
 
 def dealt_out(sorted_slides: Sequence[Any], rank: int, size: int) -> list[Any]:
-    """Return the share of one of ``size`` processes; the rounds go to and fro, which evens out their sizes."""
+    """Return the share of one of ``size`` processes; the rounds go to and fro, which evens out sizes."""
     rounds = range(0, len(sorted_slides), size)
     places = [start + (size - 1 - rank if number % 2 else rank) for number, start in enumerate(rounds)]
     return [sorted_slides[place] for place in places if place < len(sorted_slides)]
