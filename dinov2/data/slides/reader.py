@@ -18,19 +18,22 @@ WHITE = "#ffffff"
 _BLOCK_SIDE = 4096
 
 
-def open_slide(path: str, *, mpp: float | None = None, backend: str = AUTO) -> "Slide":
+def open_slide(
+    path: str, *, mpp: float | None = None, backend: str = AUTO, assumed_mpp: float | None = None
+) -> "Slide":
     """Open a whole-slide image.
 
     Args:
         path: the slide file.
         mpp: um per level-0 pixel where the file says nothing or something wrong; it wins over the file.
         backend: ``openslide``, ``tiffslide``, or ``auto`` for the first that opens the file.
+        assumed_mpp: um per level-0 pixel where neither the file nor ``mpp`` says anything.
 
     Raises:
         ConfigError: there is no such backend, or its package is missing.
         DatasetError: the file can not be opened, or the size of its pixels is not known.
     """
-    return Slide(path, mpp=mpp, backend=backend)
+    return Slide(path, mpp=mpp, backend=backend, assumed_mpp=assumed_mpp)
 
 
 class Slide:
@@ -40,7 +43,7 @@ class Slide:
     handed to worker processes of any kind. Threads take turns in reading; give each its own slide.
 
     Args:
-        path, mpp, backend: see :func:`open_slide`.
+        path, mpp, backend, assumed_mpp: see :func:`open_slide`.
 
     Attributes:
         path: of the file.
@@ -55,7 +58,14 @@ class Slide:
         properties: all entries of the file, by OpenSlide's names.
     """
 
-    def __init__(self, path: str, *, mpp: float | None = None, backend: str = AUTO) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        mpp: float | None = None,
+        backend: str = AUTO,
+        assumed_mpp: float | None = None,
+    ) -> None:
         self.path = str(path)
         self.lock = threading.RLock()
         self._handle: Backend | None = None
@@ -68,7 +78,9 @@ class Slide:
             self.level_dimensions = handle.level_dimensions
             self.level_downsamples = handle.level_downsamples
             self.dimensions = self.level_dimensions[0]
-            self.mpp, self.mpp_source = find_mpp(self.properties, override=mpp, path=self.path)
+            self.mpp, self.mpp_source = find_mpp(
+                self.properties, override=mpp, assumed=assumed_mpp, path=self.path
+            )
             self.bounds = self._read_bounds()
         except Exception:
             self.close()

@@ -12,41 +12,52 @@ logger = logging.getLogger("dinov2")
 PLAUSIBLE_MPP = (0.01, 50.0)
 ANISOTROPY_TOLERANCE = 0.01
 OVERRIDE = "override"
+ASSUMED = "assumed"
 _MICROMETRES = {"centimeter": 1e4, "centimetre": 1e4, "inch": 25400.0}
 # 40x is 0.25 um, 20x is 0.5 um and so on.
 _MPP_TIMES_POWER = 10.0
 
 
 def find_mpp(
-    properties: Mapping[str, str], *, override: float | None = None, path: str = ""
+    properties: Mapping[str, str],
+    *,
+    override: float | None = None,
+    assumed: float | None = None,
+    path: str = "",
 ) -> tuple[float, str]:
     """Return the um per level-0 pixel and the name of the rule that gave it.
 
     The first rule that holds: ``override``, the mean of ``openslide.mpp-x/-y``, TIFF's resolution tags,
-    ``aperio.MPP``, 10 / ``openslide.objective-power``. Values that no scanner has count as missing.
+    ``aperio.MPP``, 10 / ``openslide.objective-power``, ``assumed``. Values that no scanner has count as
+    missing.
 
     Args:
         properties: name -> text, by OpenSlide's names.
         override: what the caller knows better than the file; the log tells when the two differ.
+        assumed: what to take where the file says nothing.
         path: of the slide, for messages.
 
     Raises:
-        DatasetError: no rule holds, or the override is not plausible.
+        DatasetError: no rule holds, or a given value is not plausible.
     """
+    for given in (override, assumed):
+        if given is not None and not PLAUSIBLE_MPP[0] <= given <= PLAUSIBLE_MPP[1]:
+            low, high = PLAUSIBLE_MPP
+            raise DatasetError(
+                f'the mpp given for the slide "{path}" is {given}; it takes um per pixel, {low} to {high}'
+            )
     found = _mpp_of_file(properties, path)
     if override is not None:
-        low, high = PLAUSIBLE_MPP
-        if not low <= override <= high:
-            raise DatasetError(
-                f'the mpp given for the slide "{path}" is {override}; it takes um per pixel, {low} to {high}'
-            )
         if found and abs(found[0] / override - 1) > ANISOTROPY_TOLERANCE:
             _warn_once(f'slide "{path}": the given mpp {override:g} is used; {found[1]} says {found[0]:g}')
         return float(override), OVERRIDE
+    if not found and assumed is not None:
+        return float(assumed), ASSUMED
     if not found:
         raise DatasetError(
             f'the slide "{path}" does not say how large its pixels are: give its mpp (um per level-0 pixel; '
-            "about 0.25 at 40x, 0.5 at 20x)"
+            "about 0.25 at 40x, 0.5 at 20x), in the column mpp of a CSV or, to extract features, by "
+            "--assume-mpp"
         )
     return found
 

@@ -87,26 +87,55 @@ def sort_out(run: TilingRun) -> tuple[list[SlideEntry], list[dict]]:
     Raises:
         ConfigError: a slide has been done by another recipe, and ``redo`` is off.
     """
+    return sort_entries(
+        run.entries,
+        run.output,
+        lambda record, entry: _changes(record, entry, run.recipe),
+        redo=run.redo,
+        other_folder="--output",
+    )
+
+
+def sort_entries(
+    entries: list[SlideEntry],
+    output: OutputFolder,
+    changes_of: Callable[[dict, SlideEntry], list[str]],
+    *,
+    redo: bool,
+    other_folder: str,
+) -> tuple[list[SlideEntry], list[dict]]:
+    """Return the slides to do and the records of the others.
+
+    Args:
+        entries: the slides of the list.
+        output: where their records are.
+        changes_of: names what differs between a record and what is wanted of a slide now.
+        redo: do slides again that have been done by another recipe.
+        other_folder: the option that names the folder, for the sentence that refuses.
+
+    Raises:
+        ConfigError: a slide has been done by another recipe, and ``redo`` is off.
+    """
     todo, records, others = [], [], []
-    for entry in run.entries:
+    for entry in entries:
         if not entry.process:
             records.append({"slide": entry.name, "status": "skipped", "error": "process is 0"})
             continue
-        record = run.output.read_record(entry.name)
+        record = output.read_record(entry.name)
         if record is None or record["status"] not in DONE:
             todo.append(entry)
             continue
-        changes = _changes(record, entry, run.recipe)
+        changes = changes_of(record, entry)
         if not changes:
             records.append(record)
-        elif run.redo:
+        elif redo:
             todo.append(entry)
         else:
             others.append(f"{entry.name} ({', '.join(changes)})")
     if others:
         raise ConfigError(
-            f'in "{run.output.root}" there are slides done otherwise than asked for now: '
-            f"{some_of(others, 3, separator='; ')}: give the same options, another --output, or --redo"
+            f'in "{output.root}" there are slides done otherwise than asked for now: '
+            f"{some_of(others, 3, separator='; ')}: give the same options, another {other_folder}, or --redo"
         )
     return todo, records
 

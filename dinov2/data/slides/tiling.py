@@ -135,7 +135,7 @@ def tile_slide(
     with open_entry(entry, recipe, backend) as slide:
         found = survey(slide, entry, recipe)
         kept, repeats = _make_tiles(slide, entry.name, found.plan, recipe, made)
-        facts = _facts(slide, found, kept, repeats, recipe)
+        facts = facts_of(slide, found, kept, repeats, recipe)
         coordinates.write_csv(made / "coordinates" / f"{entry.name}.csv", kept)
         _write_pictures(slide, entry, found, kept, repeats, recipe, made, facts)
     outputs = outputs_of(entry.name, wanted["recipe"])
@@ -176,7 +176,16 @@ def _make_tiles(
     return kept, repeats
 
 
-def _facts(slide: Slide, found: Surveyed, kept: TilePlan, repeats: np.ndarray, recipe: TilingRecipe) -> dict:
+def facts_of(
+    slide: Slide, found: Surveyed, kept: TilePlan, repeats: np.ndarray, recipe: TilingRecipe
+) -> dict:
+    """Return what a record tells of a slide and its tiles, as plain values.
+
+    Args:
+        slide, found, recipe: the slide, what was found on it, and how.
+        kept: the tiles that are made.
+        repeats: for each tile of the plan which one it repeats, -1 for none.
+    """
     plan, mask = found.plan, found.mask
     return {
         "n_tiles": len(kept),
@@ -213,6 +222,20 @@ def _write_pictures(
     small.thumbnail((MIN_OVERVIEW, MIN_OVERVIEW), Image.Resampling.BOX)
     small.save(made / "thumbnails" / f"{entry.name}.jpg", quality=90)
     Image.fromarray(found.mask.mask).save(made / "masks" / f"{entry.name}.png")
+    page = draw_page(slide, entry.name, found, kept, repeats, recipe, facts)
+    page.save(made / "contact_sheets" / f"{entry.name}.jpg", quality=90)
+
+
+def draw_page(
+    slide: Slide,
+    name: str,
+    found: Surveyed,
+    kept: TilePlan,
+    repeats: np.ndarray,
+    recipe: TilingRecipe,
+    facts: dict,
+) -> Image.Image:
+    """Return the page to judge a slide by; arguments as of :func:`facts_of`, ``facts`` is its result."""
     twice = np.flatnonzero(repeats >= 0)
     numbers = found.plan.numbers
     captions = [f"{numbers[tile]} repeats {numbers[repeats[tile]]}" for tile in twice]
@@ -222,10 +245,8 @@ def _write_pictures(
         contact_sheet.Samples(found.plan.corners[twice], captions),
         min_tissue=recipe.min_tissue,
     )
-    page = contact_sheet.draw_sheet(
-        slide, found.overview, found.mask, kept, rejected, recipe, _heading(entry, facts, recipe)
-    )
-    page.save(made / "contact_sheets" / f"{entry.name}.jpg", quality=90)
+    heading = _heading(name, facts, recipe)
+    return contact_sheet.draw_sheet(slide, found.overview, found.mask, kept, rejected, recipe, heading)
 
 
 def _plain(name: str) -> str:
@@ -234,13 +255,13 @@ def _plain(name: str) -> str:
     return "".join(letters).encode("ascii", "backslashreplace").decode()
 
 
-def _heading(entry: SlideEntry, facts: dict, recipe: TilingRecipe) -> list[str]:
+def _heading(name: str, facts: dict, recipe: TilingRecipe) -> list[str]:
     width, height = facts["dimensions"]
     threshold = facts["saturation_threshold"]
     drawn_out = facts["n_tissue"] - facts["n_near_duplicates"] - facts["n_tiles"]
     how = f"saturation above {threshold:.3f}" if threshold is not None else facts["tissue_source"]
     return [
-        _plain(entry.name),
+        _plain(name),
         f"{width} x {height} px of {facts['slide_mpp']:g} um ({facts['mpp_source']}), {facts['backend']}; "
         f"tissue {facts['tissue_mm2']:g} mm2 ({how})",
         f"{facts['n_tiles']} tiles of {recipe.size} px at {recipe.mpp:g} um, overlap {recipe.overlap} px; "

@@ -16,7 +16,6 @@ from dinov2.data.slides.contact_sheet import (
 )
 from dinov2.data.slides.plan import TilePlan
 from dinov2.data.slides.recipe import TilingRecipe
-from dinov2.data.slides.slide_list import SlideEntry
 from dinov2.data.slides.tiling import _heading
 from dinov2.data.slides.tissue_mask import TissueMask
 
@@ -72,9 +71,7 @@ def test_the_heading_says_what_was_dropped_and_keeps_the_letters_of_names():
         "saturation_threshold": 0.1, "tissue_source": "otsu", "tissue_mm2": 1.5, "n_grid": 90, "n_tissue": 50,
         "n_near_duplicates": 7, "n_tiles": 30,
     }  # fmt: skip
-    name, _, counts = _heading(
-        SlideEntry("M\u00fcller \u4e2d", "a.svs"), facts, TilingRecipe(max_tiles=30, min_tissue=0.5)
-    )
+    name, _, counts = _heading("M\u00fcller \u4e2d", facts, TilingRecipe(max_tiles=30, min_tissue=0.5))
     assert name == "Muller \\u4e2d"
     assert counts.startswith("30 tiles of 224 px")
     assert counts.endswith("50 of 90 places hold 50% tissue; 7 near duplicates; 13 dropped by --max-tiles")
