@@ -26,9 +26,7 @@ def records_of(name: str) -> list[Record]:
         Record(row["iteration"], row["signals"], {key: tuple(ends) for key, ends in row["intervals"].items()})
         for row in RECORDED[name]
     ]
-    return [
-        replace(row, collapse=find_collapse(row, rows[0], prototypes=128, embed_dim=96)) for row in rows
-    ]
+    return [replace(row, collapse=find_collapse(row, rows[0], prototypes=128, embed_dim=96)) for row in rows]
 
 
 @pytest.mark.parametrize("name", sorted(BROKEN))
