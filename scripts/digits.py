@@ -17,6 +17,7 @@ from dinov2.errors import OutputError
 from dinov2.eval.neighbors import knn_predict
 
 REPO = Path(__file__).resolve().parents[1]
+TRAINER = REPO / "dinov2" / "train" / "train.py"
 NUM_TRAIN = 1297
 
 
@@ -48,11 +49,19 @@ class DigitJudge:
         pixels: side of the pictures.
         bank_size: labelled training pictures among which neighbours are looked for.
         num_judged: pictures out of the 500 others whose digit is told by their neighbours.
+        first_judged: place of the first of them.
     """
 
-    def __init__(self, pixels: int, bank_size: int = NUM_TRAIN, num_judged: int = 500) -> None:
+    def __init__(
+        self,
+        pixels: int,
+        bank_size: int = NUM_TRAIN,
+        num_judged: int = 500,
+        *,
+        first_judged: int = NUM_TRAIN,
+    ) -> None:
         pictures, labels = load_digit_images(pixels)
-        chosen = np.r_[:bank_size, NUM_TRAIN : NUM_TRAIN + num_judged]
+        chosen = np.r_[:bank_size, first_judged : first_judged + num_judged]
         raw = torch.from_numpy(pictures[chosen]).permute(0, 3, 1, 2).float() / 255
         self.bank_size = bank_size
         self.pictures = make_normalize_transform()(raw)
@@ -72,11 +81,13 @@ class DigitJudge:
         return 100 * (scores.argmax(dim=1) == self.labels[self.bank_size :]).float().mean().item()
 
 
-def train(recipe: Path, data_root: Path, output_dir: Path, overrides: Sequence[str]) -> list[dict]:
-    """Run the ordinary trainer in a process of its own and return its metrics."""
+def train(
+    recipe: Path, data_root: Path, output_dir: Path, overrides: Sequence[str], *, entry: Path = TRAINER
+) -> list[dict]:
+    """Run the trainer, or a program with its command line, in a process of its own; return its metrics."""
     if output_dir.exists():
         raise OutputError(f"{output_dir} holds an earlier run; name another --output-dir or delete it.")
-    command = [sys.executable, str(REPO / "dinov2" / "train" / "train.py"), "--config-file", str(recipe)]
+    command = [sys.executable, str(entry), "--config-file", str(recipe)]
     command += [
         "--output-dir",
         str(output_dir),

@@ -21,6 +21,9 @@ LEAST_RANK_SHARE = 0.2
 # Shares of ln K, K prototypes.
 LEAST_USAGE_SHARE = 0.05
 MOST_ENTROPY_SHARE = 0.99
+# Nats by which the entropy of the mean assignment exceeds the mean entropy: what the prototype tells of the
+# image, 0 where all images are assigned alike.
+LEAST_INFORMATION = 0.02
 # How far a value must have gone from that of the start, as a share of it.
 WORSE = 0.5
 
@@ -45,8 +48,9 @@ def find_collapse(
     found = (
         _equal_features(record, before, embed_dim),
         _few_directions(record, before),
-        _one_prototype(record, before, prototypes),
-        _uniform_assignments(record, before, prototypes),
+        _one_prototype(record, before, prototypes)
+        or _uniform_assignments(record, before, prototypes)
+        or _equal_assignments(record, before),
     )
     return tuple(reason for reason in found if reason)
 
@@ -107,6 +111,19 @@ def _uniform_assignments(record: Record, before: Mapping[str, float], prototypes
     return (
         f"the teacher assigns every image to all prototypes alike: the entropy is {value:.4g} of {most:.4g}"
         f"{_from(earlier, '.4g')}"
+    )
+
+
+def _equal_assignments(record: Record, before: Mapping[str, float]) -> str:
+    used, single = (f"teacher_prototype_{name}" for name in ("usage_entropy", "entropy"))
+    values = {name: record.signals.get(name, math.nan) for name in (used, single)}
+    value = values[used] - values[single]
+    earlier = before.get(used, math.nan) - before.get(single, math.nan)
+    if not value < LEAST_INFORMATION or value >= WORSE * earlier:
+        return ""
+    return (
+        f"the teacher assigns all images alike: the entropy of the mean assignment is {values[used]:.4g}, "
+        f"and that of a single one {values[single]:.4g}, {max(value, 0.0):.2g} less{_from(earlier, '.2g')}"
     )
 
 

@@ -39,9 +39,14 @@ def test_healthy_features_have_no_reason():
             "nearly all images have the same prototype: the usage entropy is 0.01 of 11.09 (at the start 6)",
         ),
         (
-            {"teacher_prototype_entropy": 11.08},
+            {"teacher_prototype_entropy": 11.08, "teacher_prototype_usage_entropy": 11.085},
             "the teacher assigns every image to all prototypes alike: the entropy is 11.08 of 11.09 "
             "(at the start 5)",
+        ),
+        (
+            {"teacher_prototype_entropy": 5.99},
+            "the teacher assigns all images alike: the entropy of the mean assignment is 6, and that of a "
+            "single one 5.99, 0.01 less (at the start 1)",
         ),
     ],
 )
@@ -57,7 +62,7 @@ def test_features_that_are_no_numbers():
 FRESH = {
     "feature_std": 0.002,
     "rankme": 1.5,
-    "teacher_prototype_entropy": 11.08,
+    "teacher_prototype_entropy": 0.2,
     "teacher_prototype_usage_entropy": 0.3,
 }
 
@@ -66,7 +71,7 @@ def test_a_network_from_scratch_begins_so_and_is_not_called_collapsed():
     assert reasons(start=FRESH, iteration=0, **FRESH) == ()
     assert reasons(start=FRESH, **FRESH) == ()
     # Without its start the same record is called collapsed.
-    assert len(reasons(start=None, **FRESH)) == 4
+    assert len(reasons(start=None, **FRESH)) == 3
 
 
 def test_what_is_not_defined_is_no_reason():
