@@ -92,7 +92,7 @@ def test_set_up_script_and_conda_agree_on_torch(pins):
 def test_dev_contains_what_the_tests_of_every_extra_need(arguments):
     extras = arguments["extras_require"]
     assert set(extras["dev"]) >= {
-        line for name in ("eval", "slides", "onnx", "hub", "lora") for line in extras[name]
+        line for name in ("eval", "slides", "onnx", "hub", "lora", "tracking") for line in extras[name]
     }
 
 

@@ -206,8 +206,8 @@ def _gain(found: dict[str, Any]) -> str:
     text = f'<data value="{value!r}">{value:+.4f}</data>'
     if low is None or high is None:
         return text
-    sure = ", excludes 0" if low > 0 or high < 0 else ""
-    return f'{text} <span class="interval">{low:+.4f} to {high:+.4f}{sure}</span>'
+    sure = '<span class="interval">excludes 0</span>' if low > 0 or high < 0 else ""
+    return f'{text} <span class="interval">{low:+.4f} to {high:+.4f}</span>{sure}'
 
 
 # Training
@@ -226,7 +226,12 @@ def training_charts(runs: Sequence[Run]) -> list[tuple[str, str]]:
                 xs, ys = [row["iteration"] for row in rows], [finite(row[name]) for row in rows]
                 series.append(Series(run.name, xs, ys, colour=place))
         title = TRAINING_NAMES.get(name, name.replace("_", " "))
-        return figure(line_chart(f"training-{_key(name)}", title, series, marks=_chosen_marks(runs)), title)
+        return figure(
+            line_chart(
+                f"training-{_key(name)}", title, series, marks=_chosen_marks(runs), legend=len(runs) > 1
+            ),
+            title,
+        )
 
     return _grouped(fields, TRAINING_GROUPS, chart)
 
@@ -246,9 +251,7 @@ def health_charts(runs: Sequence[Run]) -> list[tuple[str, str]]:
                 rows = [record for record in run.records if name in record["signals"]]
                 if rows:
                     series.append(_health_series(run.name, name, rows, place, dash, len(runs) == 1))
-        title = HEALTH_NAMES.get(
-            base, base.replace("_", " ").replace("knn", "k-NN").replace("auroc", "AUROC")
-        )
+        title = _signal_name(base)
         return figure(
             line_chart(
                 f"health-{_key(base)}",
@@ -256,6 +259,7 @@ def health_charts(runs: Sequence[Run]) -> list[tuple[str, str]]:
                 series,
                 x_label="iterations done (0 is the starting backbone)",
                 marks=[*_chosen_marks(runs), *_collapse_marks(runs)],
+                legend=len(runs) > 1 or len(series) > 1,
             ),
             title,
         )
@@ -278,6 +282,13 @@ def _health_series(
         colour=place,
         dash=dash,
     )
+
+
+def _signal_name(signal: str) -> str:
+    if signal.startswith("knn_"):
+        score = signal.removeprefix("knn_")
+        return f"k-NN {SCORE_NAMES.get(score, score)}"
+    return HEALTH_NAMES.get(signal, signal.replace("_", " "))
 
 
 def _without_network(name: str) -> str:
@@ -317,12 +328,12 @@ def chosen_table(runs: Sequence[Run]) -> str:
             continue
         signal = str(run.best.get("signal", ""))
         values = {record["iteration"]: finite(record["signals"].get(signal)) for record in run.records}
-        start, last = (values[min(values)], values[max(values)]) if values else (None, None)
+        start, last = values.get(0), values[max(values)] if values else None
         rows.append(
             [
                 escape(run.name),
                 f"{run.best['iteration']:,}",
-                escape(signal.replace("_", " ")),
+                escape(_signal_name(signal)),
                 with_interval(finite(run.best.get("value")), run.best.get("interval")),
                 number(start),
                 number(last),
@@ -456,6 +467,7 @@ def roc_charts(runs: Sequence[Run]) -> str:
                         series,
                         x_label="false positive rate",
                         limits=(0.0, 1.0),
+                        legend=True,
                         diagonal=True,
                     ),
                     title

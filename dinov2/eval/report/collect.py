@@ -49,7 +49,7 @@ class Result:
     @property
     def setting(self) -> str:
         """The setting in words, such as ``train_samples full, k 20``."""
-        return ", ".join(f"{name} {value}" for name, value in self.row["setting"].items())
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.row["setting"].items())
 
     @property
     def classes(self) -> list[str]:
@@ -225,7 +225,9 @@ def _results(folder: Path) -> Iterator[Result]:
 def _find(folder: Path) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        folders[:] = [
+            name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("before_")
+        ]
         found += [Path(parent) / name for name in names if SUMMARY.fullmatch(name)]
     return sorted(found, key=_natural)
 

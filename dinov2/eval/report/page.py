@@ -86,8 +86,9 @@ def build(runs: Sequence[Run]) -> str:
         f'<header><h1>{escape(title)}</h1><p class="note">{escape(", ".join(run.name for run in runs))}</p>'
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>'
         f"{f'<ul>{notes}</ul>' if notes else ''}{body}</main>"
-        f'<footer><p class="note">Curves of more than {MOST_POINTS} points are drawn with the first, the last, '
-        "and the lowest and the highest of every stretch; the files have them all.</p></footer></body></html>\n"
+        f'<footer><p class="note">Curves of more than {MOST_POINTS} points are drawn with the first, the '
+        "last, and the lowest and the highest of every stretch; the files have them all."
+        "</p></footer></body></html>\n"
     )
 
 
@@ -95,7 +96,12 @@ def _sections(runs: Sequence[Run]) -> Iterator[tuple[str, str, str]]:
     scores = charts.headline(runs) + charts.differences(runs)
     yield "scores", "Scores", scores
     yield "chosen", "Chosen iteration", charts.chosen_table(runs) + charts.collapse_table(runs)
-    yield "health", "Health of the features", _under_headings(charts.health_charts(runs))
+    health = _under_headings(charts.health_charts(runs))
+    yield (
+        "health",
+        "Health of the features",
+        health and f'<p class="note">Bands are 95 % intervals; the student is dashed.</p>{health}',
+    )
     training = _under_headings(charts.training_charts(runs))
     yield (
         "training",

@@ -84,6 +84,7 @@ def line_chart(
     marks: Sequence[Mark] = (),
     limits: tuple[float, float] | None = None,
     diagonal: bool = False,
+    legend: bool = False,
 ) -> str:
     """Return a chart of curves.
 
@@ -94,12 +95,13 @@ def line_chart(
         x_label: Of the horizontal axis.
         marks: Vertical lines.
         limits: Of both axes; by default those of the points.
+        legend: Name the curves above them.
         diagonal: Draw the line of equal coordinates, that of chance in a ROC chart.
     """
     xs = [x for one in series for x in one.x] + [mark.x for mark in marks]
     ys = [y for one in series for y in (*one.y, *one.low, *one.high) if y is not None]
     x_axis = _Axis(*(limits or _range(xs, 0.0)), LEFT, WIDTH - RIGHT)
-    names, top = _legend([(one.name, one.colour, one.dash) for one in series] if len(series) > 1 else [])
+    names, top = _legend([(one.name, one.colour, one.dash) for one in series] if legend else [])
     y_axis = _Axis(*(limits or _range(ys, 0.05)), top + PLOT_HEIGHT, top)
     parts = [*_frame(x_axis, y_axis, x_label), *names]
     if diagonal:
