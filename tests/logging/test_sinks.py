@@ -48,6 +48,7 @@ def test_rows_that_are_done_again_replace_the_old_ones(tmp_path):
     assert events(tmp_path / "tensorboard", "x") == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
 
 
+@pytest.mark.slow
 def test_wandb_works_without_an_account(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

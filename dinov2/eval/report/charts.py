@@ -27,6 +27,7 @@ PAIRED_SEED = 0
 NORMAL_95 = 1.959964  # the 97.5 % point of the normal distribution
 MOST_CLASSES = 40  # of a confusion matrix and of bars that can still be read
 MOST_ROC_CURVES = 12
+DEEP_SHARE = 0.63  # from here on, text on the colour is legible the other way round, in both schemes
 
 # Group -> pattern of the fields of a training row; the first that fits counts.
 TRAINING_GROUPS = {
@@ -88,7 +89,8 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, n
     )
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption, quote=True)}">'
-        f"<table><caption>{escape(caption)}{below}</caption><thead><tr>{names}</tr></thead>"
+        f'<table><caption><span class="fixed">{escape(caption)}{below}</span></caption>'
+        f"<thead><tr>{names}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -337,7 +339,7 @@ def chosen_table(runs: Sequence[Run]) -> str:
                 with_interval(finite(run.best.get("value")), run.best.get("interval")),
                 number(start),
                 number(last),
-                escape(str(run.best.get("why", ""))),
+                f'<span class="why">{escape(str(run.best.get("why", "")))}</span>',
             ]
         )
     if not rows:
@@ -375,7 +377,7 @@ def _confusion(run: Run, result: Result) -> str:
         total = sum(counts)
         shares = [count / total if total else 0.0 for count in counts]
         cells = (
-            f'<td class="heat{" deep" if share >= 0.5 else ""}" style="--share:{100 * share:.1f}%">'
+            f'<td class="heat{" deep" if share >= DEEP_SHARE else ""}" style="--share:{100 * share:.1f}%">'
             f"{count:,}</td>"
             for count, share in zip(counts, shares, strict=True)
         )
@@ -383,8 +385,9 @@ def _confusion(run: Run, result: Result) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in (*classes, "all"))
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(title, quote=True)}">'
-        f'<table class="confusion"><caption>{escape(title)}<span class="note">Rows are true classes, columns '
-        "predicted ones; images are counted, and the colour is the share of the row.</span></caption>"
+        f'<table class="confusion"><caption><span class="fixed">{escape(title)}<span class="note">'
+        "Rows are true classes, columns predicted ones; images are counted, and the colour is the share of "
+        "the row.</span></span></caption>"
         f'<thead><tr><th scope="col">true class</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
         "</div>"
     )

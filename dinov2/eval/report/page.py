@@ -17,10 +17,10 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 # The class c0 of a series makes --c, which lines and bars take their colour from, that of --c0.
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1a1d21;--soft:#5b626b;--line:#d5d9de;--raised:#f4f6f8;
---link:#00558c;--heat:#00558c;--deep:#fff;
+--link:#00558c;--heat:#002d4f;--over:#000;--deep:#fff;
 --c0:#0067a5;--c1:#c04a00;--c2:#00785a;--c3:#a8467f;--c4:#806600;--c5:#5a5ad6;--c6:#5c5c5c;--c7:#7a2ea0}
 @media (prefers-color-scheme:dark){:root{--paper:#15181c;--ink:#e8eaed;--soft:#a6adb6;--line:#3a4048;
---raised:#1f2329;--link:#7cc0f5;--heat:#7cc0f5;--deep:#0b1520;
+--raised:#1f2329;--link:#7cc0f5;--heat:#73b2e4;--over:#fff;--deep:#000;
 --c0:#5ab4f0;--c1:#ff9a4d;--c2:#3fcf9f;--c3:#f08cc4;--c4:#e3c34a;--c5:#a9b0ff;--c6:#c4c4c4;--c7:#c99bf0}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
@@ -35,6 +35,8 @@ nav ul{list-style:none;display:flex;flex-wrap:wrap;gap:.3rem 1.1rem;padding:0;ma
 .note,.none,.interval{color:var(--soft);font-size:.85rem;font-weight:400}
 .interval{white-space:nowrap;display:block}
 caption .note{display:block}
+.fixed{display:block;position:sticky;left:0;max-width:min(75ch,calc(100vw - 32px))}
+.why{display:block;min-width:14rem}
 .scroll{overflow-x:auto;margin:.6rem 0 1.4rem;max-width:100%}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;font-weight:600;padding-bottom:.35rem}
@@ -43,7 +45,7 @@ thead th{background:var(--raised);font-weight:600}
 tbody th{font-weight:600}
 code{font:.85em ui-monospace,monospace;overflow-wrap:anywhere}
 .confusion td{text-align:right}
-.heat{background:color-mix(in srgb,var(--heat) var(--share),var(--paper))}
+.heat{color:var(--over);background:color-mix(in srgb,var(--heat) var(--share),var(--paper))}
 .heat.deep{color:var(--deep)}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));gap:16px}
 .gallery.pictures{grid-template-columns:repeat(auto-fill,minmax(min(100%,480px),1fr))}

@@ -110,7 +110,7 @@ def line_chart(
             f'{y_axis.at(1):.1f}"/>'
         )
     for one in series:
-        parts += _curve(one, x_axis, y_axis)
+        parts += _curve(one, x_axis, y_axis, dots=not diagonal)
     for row, mark in enumerate(marks):
         x = x_axis.at(mark.x)
         right = x < (LEFT + WIDTH) / 2
@@ -249,7 +249,7 @@ def _legend(entries: Sequence[tuple[str, int, int]]) -> tuple[list[str], int]:
     return parts, TOP + (row + 1) * ROW if entries else TOP
 
 
-def _curve(series: Series, x_axis: _Axis, y_axis: _Axis) -> list[str]:
+def _curve(series: Series, x_axis: _Axis, y_axis: _Axis, *, dots: bool) -> list[str]:
     kept = thinned(series.y)
     colour = f"c{series.colour % COLOURS}"
     parts = []
@@ -259,7 +259,7 @@ def _curve(series: Series, x_axis: _Axis, y_axis: _Axis) -> list[str]:
         back = [f"{x_axis.at(series.x[i]):.1f} {y_axis.at(series.low[i]):.1f}" for i in reversed(ends)]
         if ends:
             parts.append(f'<path class="band {colour}" d="M{"L".join(there + back)}Z"/>')
-    path, pen_down, dots = "", False, []
+    path, pen_down, places = "", False, []
     for index in kept:
         value = series.y[index]
         if value is None:
@@ -268,11 +268,11 @@ def _curve(series: Series, x_axis: _Axis, y_axis: _Axis) -> list[str]:
         place = f"{x_axis.at(series.x[index]):.1f} {y_axis.at(value):.1f}"
         path += f"{'L' if pen_down else 'M'}{place}"
         pen_down = True
-        dots.append(place.split())
+        places.append(place.split())
     if path:
         parts.append(f'<path class="line {colour} d{series.dash % DASHES}" d="{path}"/>')
-    if len(dots) <= DOTS_UP_TO:
-        parts += [f'<circle class="dot {colour}" cx="{x}" cy="{y}" r="2.4"/>' for x, y in dots]
+    if dots and len(places) <= DOTS_UP_TO:
+        parts += [f'<circle class="dot {colour}" cx="{x}" cy="{y}" r="2.4"/>' for x, y in places]
     return parts
 
 
