@@ -25,6 +25,7 @@ EXTRAS = {
     "shards": ["pyarrow>=16"],
     "onnx": ["onnx>=1.17", "onnxscript>=0.7"],
     "hub": ["huggingface_hub>=0.34"],
+    "tracking": ["tensorboard>=2.16", "wandb>=0.18"],
     "lora": ["peft>=0.18"],  # 0.17 cannot be imported beside transformers 5
 }
 EXTRAS["dev"] = [
@@ -34,6 +35,7 @@ EXTRAS["dev"] = [
     *EXTRAS["onnx"],
     *EXTRAS["hub"],
     *EXTRAS["lora"],
+    *EXTRAS["tracking"],
     "onnxruntime>=1.20",
     "pytest>=8.3",
     "pytest-xdist>=3.6",

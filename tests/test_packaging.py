@@ -92,7 +92,7 @@ def test_set_up_script_and_conda_agree_on_torch(pins):
 def test_dev_contains_what_the_tests_of_every_extra_need(arguments):
     extras = arguments["extras_require"]
     assert set(extras["dev"]) >= {
-        line for name in ("eval", "slides", "onnx", "hub", "lora") for line in extras[name]
+        line for name in ("eval", "slides", "onnx", "hub", "lora", "tracking") for line in extras[name]
     }
 
 
@@ -293,6 +293,10 @@ def test_ci_installs_what_a_bare_machine_lacks_and_then_checks_everything(machin
         check=True,
     )
     recorded = [line for line in machine.record.read_text().splitlines() if not line.startswith("sudo")]
+    chromium = [
+        "apt-get update -qq",
+        "apt-get install -y -qq --no-install-recommends chromium",
+    ]
     slurm = [
         "apt-get update -qq",
         "apt-get install -y -qq --no-install-recommends slurm-wlm munge",
@@ -301,10 +305,12 @@ def test_ci_installs_what_a_bare_machine_lacks_and_then_checks_everything(machin
         "apt-get update -qq",
         "apt-get install -y -qq git python3 python3-venv",
         *(slurm if os.geteuid() == 0 else []),  # its daemons need root
+        *(chromium if os.geteuid() == 0 else []),
         "setup_env.sh ",
         "ruff check .",
         "ruff format --check .",
         "test.sh ",
         "test.sh -n 0 -m slow tests/run/test_slurm.py",
+        "test.sh -n 0 -m slow tests/eval/test_report_rendered.py tests/logging/test_sinks.py",
         "quickstart.sh --short",
     ]

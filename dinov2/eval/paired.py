@@ -7,6 +7,8 @@ The files are those that an evaluation writes with ``--predictions``. Printed is
 
 import argparse
 import sys
+from pathlib import Path
+from typing import Any
 
 from dinov2 import cli
 from dinov2.errors import DatasetError
@@ -26,19 +28,28 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    """Compare and print."""
-    check_draws(args.bootstrap_draws)
-    (first, names), (second, other_names) = map(read_predictions, (args.first, args.second))
+def compare_files(first_path: str | Path, second_path: str | Path, draws: int, seed: int) -> dict[str, Any]:
+    """Return :func:`dinov2.eval.scores.paired_bootstrap` of two files of predictions.
+
+    Raises:
+        DatasetError: A file cannot be read, or the two are not of the same images.
+    """
+    (first, names), (second, other_names) = map(read_predictions, (first_path, second_path))
     if names != other_names:
         pairs = enumerate(zip(names, other_names, strict=False))
         different = (f'sample {i} is "{a}" and "{b}"' for i, (a, b) in pairs if a != b)
         shown = next(different, f"{len(names)} and {len(other_names)} samples")
         raise DatasetError(
-            f'"{args.first}" and "{args.second}" are not of the same images ({shown}): compare two models on '
+            f'"{first_path}" and "{second_path}" are not of the same images ({shown}): compare two models on '
             "one dataset"
         )
-    cli.say(to_json(paired_bootstrap(first, second, args.bootstrap_draws, args.seed), indent=2))
+    return paired_bootstrap(first, second, draws, seed)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Compare and print."""
+    check_draws(args.bootstrap_draws)
+    cli.say(to_json(compare_files(args.first, args.second, args.bootstrap_draws, args.seed), indent=2))
 
 
 if __name__ == "__main__":

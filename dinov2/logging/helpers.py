@@ -17,6 +17,7 @@ import torch
 
 from dinov2 import distributed
 from dinov2.errors import counted
+from dinov2.logging.sinks import Sinks
 
 logger = logging.getLogger("dinov2")
 
@@ -96,6 +97,7 @@ class MetricLogger:
         self.meters: defaultdict[str, SmoothedValue] = defaultdict(SmoothedValue)
         self.delimiter = delimiter
         self.output_file = output_file
+        self.sinks = Sinks()  # get the rows of the file, too
         self._rows_lost = 0  # since the file could last be written
 
     def update(self, **scalars: float | torch.Tensor) -> None:
@@ -155,6 +157,8 @@ class MetricLogger:
         row = {"iteration": iteration, "iter_time": iter_time, "data_time": data_time} | medians | extra
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         line = json.dumps(finite, allow_nan=False) + "\n"
+        scalars = {f"train/{name}": value for name, value in row.items() if name != "iteration"}
+        self.sinks.write(iteration, scalars)
         try:
             _append_line(Path(self.output_file), line.encode())
         except OSError as error:

@@ -21,7 +21,7 @@ import logging
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
 
 from dinov2 import distributed
@@ -29,6 +29,7 @@ from dinov2.configs.scaling import images_per_iteration
 from dinov2.data.loader_errors import explained
 from dinov2.errors import ConfigError, WeightsError
 from dinov2.logging import MetricLogger
+from dinov2.logging.sinks import open_sinks, require_packages
 from dinov2.train.arguments import get_args_parser
 from dinov2.train.initialization import settle_config, write_reports
 from dinov2.train.input import build_dataset, find_order, require_same_length
@@ -174,7 +175,11 @@ def do_train(
         watch=watch,
         monitor=monitor,
     )
-    loop.run(Place(start_iteration, order))
+    shown = OmegaConf.to_container(cfg, resolve=True)
+    with open_sinks(
+        cfg.tracking, cfg.train.output_dir, start_iteration=start_iteration, config=shown
+    ) as metrics.sinks:
+        loop.run(Place(start_iteration, order))
     metrics.synchronize_between_processes()
     return {name: meter.global_avg for name, meter in metrics.meters.items()}
 
@@ -239,6 +244,7 @@ def _run(
     device = resolve_device(cfg.train.device)
     settle_config(cfg)
     require_equal_groups(cfg.compute_precision)
+    require_packages(cfg.tracking)
     # Before the networks are built: a wrong dataset string should not cost the time that takes.
     dataset = None if args.eval_only else build_dataset(cfg)
     sources = None if args.eval_only else open_sources(cfg)
