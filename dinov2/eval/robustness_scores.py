@@ -91,8 +91,8 @@ def robustness(
             indices += [_ratio(total) for total in counts[rows].sum(axis=1)]
             drawn = croma[rows]
             medians += [np.median(row[~np.isnan(row)]) for row in drawn if not np.isnan(row).all()]
-        found["robustness_index_interval"] = interval(torch.tensor(indices))
-        found["croma_median_interval"] = interval(torch.tensor(medians))
+        found["robustness_index_interval"] = interval(torch.tensor(indices, dtype=torch.float64))
+        found["croma_median_interval"] = interval(torch.tensor(np.array(medians)))
     return found
 
 
