@@ -34,13 +34,17 @@ def make_labelled_dataset(
         DatasetError: The string is wrong, or the dataset is empty or has no labels.
     """
     dataset = make_dataset(dataset_str=dataset_str, transform=transform, path_map=path_map)
-    target = dataset.get_target(0) if hasattr(dataset, "get_target") else dataset[0][1]
-    if target is None:
+    if label_of(dataset, 0) is None:
         raise DatasetError(
             f'the dataset "{dataset_str}" has no labels, which evaluation compares predictions with: '
             f"{_label_advice(dataset)}"
         )
     return dataset
+
+
+def label_of(dataset: Dataset, index: int) -> Any:
+    """Return the label of a sample, None without one, if possible without reading its image."""
+    return dataset.get_target(index) if hasattr(dataset, "get_target") else dataset[index][1]
 
 
 def _label_advice(dataset: Dataset) -> str:

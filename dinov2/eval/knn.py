@@ -45,6 +45,7 @@ from dinov2.eval.metrics import AccuracyAveraging, MetricType, build_topk_accura
 from dinov2.eval.neighbors import count_classes, knn_predict
 from dinov2.eval.predictions import PredictionCollector
 from dinov2.eval.results import ResultTable, append_lines, percent, to_json
+from dinov2.eval.robustness import eval_robustness_with_model
 from dinov2.eval.scores import DRAWS, Predictions, score
 from dinov2.eval.setup import setup_and_build_model
 from dinov2.eval.utils import (
@@ -438,6 +439,11 @@ def get_args_parser(
         dest="test_dataset_str",
         help="Dataset to score once, with the setting that is best on the validation dataset",
     )
+    parser.add_argument(
+        "--robustness",
+        action="store_true",
+        help="Measure robustness to stain and scanner on the validation dataset, too",
+    )
     add_result_options(parser)
     return parser
 
@@ -458,6 +464,11 @@ def main(args: argparse.Namespace) -> None:
     if "nb_knn" not in args.given:
         options["nb_knn"] = list(protocol.nb_knn)
     eval_knn_with_model(model, autocast_dtype=autocast_dtype, accuracy_averaging=averaging, **options)
+    if args.robustness:
+        options = options_for(eval_robustness_with_model, args) | {"resize_size": protocol.resize_size}
+        eval_robustness_with_model(
+            model, dataset_str=args.val_dataset_str, autocast_dtype=autocast_dtype, **options
+        )
 
 
 if __name__ == "__main__":

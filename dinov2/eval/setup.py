@@ -1,6 +1,7 @@
 """From the command line to a frozen backbone: what all evaluations have in common."""
 
 import argparse
+import copy
 import logging
 from typing import Any
 
@@ -101,11 +102,13 @@ def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dt
 
     ``args.normalisation`` becomes ``mean`` and ``std`` of the config, for the transform of the images,
     ``args.path_map`` its ``train.path_map``, for the datasets, and ``args.model_config`` its ``student``.
+    ``args.config`` is the config itself, before weights settled what it leaves open, for a second model.
     """
     cudnn.benchmark = True
     config = setup(args, keep_existing_config=True)
     args.path_map = dict(config.train.path_map)
     args.normalisation = {"mean": list(config.crops.mean), "std": list(config.crops.std)}
+    args.config = copy.deepcopy(config)
     model = build_model_for_eval(config, args.pretrained_weights)
     args.model_config = OmegaConf.to_container(config.student)
     return model, get_autocast_dtype(config)
