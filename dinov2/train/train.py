@@ -161,7 +161,14 @@ def do_train(
     enforce(check, cfg.train.self_check)
     monitor = None
     if sources is not None:
-        monitor = Monitor(cfg, model, sources, RunJudge(cfg, model), announce=watch.phase)
+        monitor = Monitor(
+            cfg,
+            model,
+            sources,
+            RunJudge(cfg, model),
+            announce=watch.phase,
+            publish=lambda iteration, scalars: metrics.sinks.write(iteration, scalars),
+        )
     stop.stop_before_training()
     loop = TrainingLoop(
         cfg,

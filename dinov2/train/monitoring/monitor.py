@@ -46,6 +46,7 @@ class Monitor:
         sources: Opened datasets.
         judge: Draws conclusions; the base class draws none.
         announce: Is told what this process is doing.
+        publish: Gets the signals of each record as ``eval/<name>``, with the zero-based iteration before it.
 
     Attributes:
         records: Of the run so far, in their order, the same in all processes.
@@ -62,7 +63,9 @@ class Monitor:
         judge: Judge | None = None,
         *,
         announce: Callable[[str], None] = lambda phase: None,
+        publish: Callable[[int, dict[str, float]], None] = lambda iteration, scalars: None,
     ) -> None:
+        self.publish = publish
         self.cfg, self.model, self.judge, self.announce = cfg, model, judge or Judge(), announce
         self.period = monitor_period(cfg)
         self.path = Path(cfg.train.output_dir, RECORDS_FILE)
@@ -126,6 +129,8 @@ class Monitor:
         self.records.append(record)
         if distributed.is_main_process():
             _loudly(partial(append_record, self.path, record))
+        # Under the iteration that was done last: a resumed run writes those from the next one on again.
+        self.publish(max(done - 1, 0), {f"eval/{name}": value for name, value in record.signals.items()})
         logger.info("%s", _in_words(record, self.model.embed_dim, time.monotonic() - began))
         return self.judge.on_record(self.records)
 
