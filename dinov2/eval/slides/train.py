@@ -59,7 +59,7 @@ logger = logging.getLogger("dinov2")
 EVALUATION = "slides"
 FOLDS_FILE = "folds.csv"
 SUMMED_UP = ("auroc", "auprc", "balanced_accuracy", "macro_f1", "accuracy")
-# Bags at 10x rarely have more; a training step of the transformer on this many fits a GPU of 16 GB.
+# Slides at 10x rarely have more tiles.
 MAX_TILES = 32_768
 
 
