@@ -151,21 +151,21 @@ def test_tcga_barcodes_name_the_centre():
     assert found[1] == "A6" and found[0] == "TCGA-A6-2671-01Z-00-DX1"
 
 
-def summary_of(case, folder, centers) -> dict:
+def measure(case, folder, centers) -> None:
     command.PERTURBATIONS = (PERTURBATIONS[1], PERTURBATIONS[-1])  # for time; in spawned processes, too
     options = ["--config-file", case.config, "--pretrained-weights", case.weights, "--dataset", case.val]
     options += ["--output-dir", folder, "--num-workers", 0, "--k", 3, "--centers", centers, "--samples", 11]
     command.main(command.get_args_parser().parse_args([str(option) for option in options]))
-    return json.loads((folder / "results_eval_robustness_summary.json").read_text())
 
 
 def test_command_line_gives_the_same_in_one_and_two_processes(tiny_case, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "PERTURBATIONS", PERTURBATIONS)  # set back at the end
     centers = tmp_path / "centers.csv"
     centers.write_text("sample,center\n" + "".join(f"{n},{'ab'[n % 2]}\n" for n in range(15)))
-    alone = summary_of(tiny_case, tmp_path / "1", centers)
-    run_in_processes(summary_of, tiny_case, tmp_path / "2", centers)
-    shared = json.loads((tmp_path / "2" / "results_eval_robustness_summary.json").read_text())
+    measure(tiny_case, tmp_path / "1", centers)
+    run_in_processes(measure, tiny_case, tmp_path / "2", centers)
+    files = [tmp_path / number / "results_eval_robustness_summary.json" for number in "12"]
+    alone, shared = (json.loads(file.read_text()) for file in files)
     assert [row["perturbation"] for row in alone["perturbations"]] == ["stain", "resolution"]
     assert 0 <= alone["centers"]["robustness_index"] <= 1
     for first, second in zip(alone["perturbations"], shared["perturbations"], strict=True):
