@@ -5,7 +5,7 @@ This is the only place that knows how modules are sharded. Without a process gro
 
 from dinov2.fsdp.checkpointer import FSDPCheckpointer, checkpoint_paths, rankstr
 from dinov2.fsdp.grad_scaler import ShardedGradScaler
-from dinov2.fsdp.layout import newest_iteration
+from dinov2.fsdp.layout import saved_iterations
 from dinov2.fsdp.reading import read_checkpoint
 from dinov2.fsdp.sharding import (
     defer_gradient_reduction,
@@ -29,7 +29,7 @@ __all__ = [
     "get_fsdp_wrapper",
     "is_fsdp",
     "is_sharded_fsdp",
-    "newest_iteration",
+    "saved_iterations",
     "rankstr",
     "read_checkpoint",
     "reshard_fsdp_model",

@@ -201,10 +201,10 @@ def checkpoints(folder: Path) -> list[tuple[Path, int]]:
     return sorted(found, key=lambda entry: (entry[1], entry[0].name), reverse=True)
 
 
-def newest_iteration(folder: Path) -> int | None:
-    """Return the zero-based iteration of the newest periodic checkpoint folder, None if there is none."""
+def saved_iterations(folder: Path) -> list[int]:
+    """Return the zero-based iterations of the periodic checkpoint folders, newest first."""
     named = (path.name.removeprefix("model_") for path in folder.glob("model_*") if path.is_dir())
-    return max((int(number) for number in named if number.isdigit()), default=None)
+    return sorted((int(number) for number in named if number.isdigit()), reverse=True)
 
 
 def clear_leftovers(folder: Path) -> None:

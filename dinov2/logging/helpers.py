@@ -160,7 +160,7 @@ class MetricLogger:
         scalars = {f"train/{name}": value for name, value in row.items() if name != "iteration"}
         self.sinks.write(iteration, scalars)
         try:
-            _append_line(Path(self.output_file), line.encode())
+            append_line(Path(self.output_file), line.encode())
         except OSError as error:
             if not self._rows_lost:
                 logger.warning("rows are missing in %s from now on: %s", self.output_file, error)
@@ -228,7 +228,7 @@ class MetricLogger:
         )
 
 
-def _append_line(path: Path, line: bytes) -> None:
+def append_line(path: Path, line: bytes) -> None:
     """Append a whole line or nothing; a full disk may take a part of it."""
     with path.open("ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)

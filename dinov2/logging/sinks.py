@@ -171,19 +171,27 @@ def open_sinks(
         ConfigError: A package is missing, or Weights & Biases refuses the run.
     """
     require_packages(tracking)
-    if not distributed.is_main_process():
-        return Sinks()
-    folder = Path(output_dir)
     members: list[Sink] = []
-    if tracking.tensorboard:
-        members.append(TensorBoardSink(folder / "tensorboard", start_iteration))
-    if tracking.wandb != "off":
+    problem = ""
+    if distributed.is_main_process():
+        folder = Path(output_dir)
         try:
-            members.append(WandbSink(folder, tracking.wandb, tracking.wandb_project, config or {}))
+            if tracking.tensorboard:
+                members.append(TensorBoardSink(folder / "tensorboard", start_iteration))
+        except OSError as error:
+            problem = (
+                f"{folder / 'tensorboard'} cannot be written ({error}): free some space or check permissions"
+            )
+        try:
+            if tracking.wandb != "off" and not problem:
+                members.append(WandbSink(folder, tracking.wandb, tracking.wandb_project, config or {}))
         except Exception as error:  # the package has its own, and those of the network
-            raise ConfigError(
+            problem = (
                 f"Weights & Biases cannot be used ({error}): run `wandb login`, or set tracking.wandb=offline"
-            ) from error
+            )
+    problem = distributed.broadcast_object(problem)
+    if problem:
+        raise ConfigError(problem)
     return Sinks(members)
 
 

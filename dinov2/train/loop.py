@@ -16,7 +16,7 @@ from dinov2 import distributed
 from dinov2.configs.scaling import images_per_iteration
 from dinov2.data.data_order import DataOrder
 from dinov2.data.unreadable import UnreadableImages
-from dinov2.errors import Interrupted
+from dinov2.errors import Interrupted, WeightsError
 from dinov2.logging import MetricLogger, SmoothedValue
 from dinov2.train.bad_steps import BadSteps
 from dinov2.train.diagnosis import diagnose
@@ -106,12 +106,22 @@ class TrainingLoop:
                 place.iteration, continues=self.continues, teacher_temp=temperature
             )
         if self.ended.stop:
-            logger.warning("no step is taken after iteration %d: %s", place.iteration, self.ended.why)
-            return
+            self._end_before_a_step(place)
+            following = None
         while following is not None:
             following = self._stretch(following)
         if self.monitor is not None:
             self.monitor.conclude()
+
+    def _end_before_a_step(self, place: Place) -> None:
+        """End a run that is to stop before it goes on, with the files of an end."""
+        if not place.iteration:
+            raise WeightsError(f"no step is taken from these weights: {self.ended.why}")
+        latest = place.iteration - 1
+        logger.warning("no step is taken after iteration %d: %s", latest, self.ended.why)
+        newest = distributed.broadcast_object(Path(self.checkpointer.get_checkpoint_file()).name)
+        if not newest.startswith("model_final"):
+            save_if_due(self.cfg, self.model, self.checkpointer, latest, is_last=True, order=place.order)
 
     def _stretch(self, place: Place) -> Place | None:
         """Train to the end of the run, or until steps fail; return where to go on."""
@@ -276,7 +286,7 @@ class TrainingLoop:
         if distributed.is_main_process():
             drop_rows_from(Path(self.cfg.train.output_dir, METRICS_FILE), back)
         if self.monitor is not None:
-            self.monitor.rewind(back)
+            self.monitor.go_back(back)
         scale = ""
         scaler = self.model.fp16_scaler
         if scaler is not None:

@@ -14,7 +14,7 @@ from dinov2 import distributed
 from dinov2.errors import ConfigError, OutputError, UserError, some_of
 from dinov2.fsdp import checkpoint_paths
 from dinov2.train.monitoring.best import BEST, FOLDERS
-from dinov2.train.monitoring.records import RECORDS_FILE
+from dinov2.train.monitoring.records import RECORDS_FILE, START_FILE
 from dinov2.train.output_lock import is_earlier_start, job_details
 from dinov2.train.run_state import METRICS_FILE
 
@@ -89,7 +89,13 @@ def set_aside(cfg: DictConfig) -> None:
 
 
 def _move(folder: Path, cfg: DictConfig) -> None:
-    names = (METRICS_FILE, RECORDS_FILE, BEST, FOLDERS)  # the first of the last two links into the other
+    names = (
+        METRICS_FILE,
+        RECORDS_FILE,
+        START_FILE,
+        BEST,
+        FOLDERS,
+    )  # the first of the last two links into the other
     paths = [*checkpoint_paths(folder), *(path for name in names if (path := folder / name).exists())]
     if not paths:
         return

@@ -232,7 +232,7 @@ class Stops(Judge):
         assert start.iteration == 0
         return ("it is said to be",) if record.iteration else ()
 
-    def on_record(self, records):
+    def on_record(self, records, **given):
         return Decision(records[-1].iteration == 2, "two are enough")
 
 
@@ -240,7 +240,7 @@ def test_a_judge_ends_the_run_and_a_restart_takes_no_step(tiny, tmp_path, monkey
     from dinov2.train import train as module
 
     def judged(*args, **kwargs):
-        return Monitor(*args, judge=Stops(), **kwargs)
+        return Monitor(*args[:3], judge=Stops(), **kwargs)
 
     monkeypatch.setattr(module, "Monitor", judged)
     out = tmp_path / "run"
@@ -253,7 +253,7 @@ def test_a_judge_ends_the_run_and_a_restart_takes_no_step(tiny, tmp_path, monkey
     assert [row["iteration"] for row in rows_of(out)] == [0, 1]
     log = (out / "logs" / "log.txt").read_text()
     assert "the run ends after iteration 1: two are enough" in log
-    assert "no step is taken after iteration 2: two are enough" in log
+    assert "no step is taken after iteration 1: two are enough" in log
     assert "COLLAPSED: it is said to be" in log
 
 
@@ -337,13 +337,13 @@ def test_a_signal_puts_the_evaluation_off_until_the_run_comes_back(tiny, tmp_pat
     from dinov2.train import train as module
 
     class Signals(Judge):
-        def on_record(self, records):
+        def on_record(self, records, **given):
             if len(records) == 2:  # during the evaluation after one iteration
                 os.kill(os.getpid(), signal.SIGTERM)
             return Decision()
 
     def judged(*args, **kwargs):
-        return Monitor(*args, judge=Signals(), **kwargs)
+        return Monitor(*args[:3], judge=Signals(), **kwargs)
 
     out, overrides = (
         tmp_path / "run",

@@ -6,6 +6,9 @@ Folders of earlier choices stay while a run that is resumed might come back to t
 again, and differs, gets a folder ``<iteration>_2``, and so on.
 """
 
+import contextlib
+import hashlib
+import json
 import logging
 import re
 import shutil
@@ -16,6 +19,7 @@ from dinov2 import distributed
 from dinov2.errors import OutputError
 from dinov2.eval.results import to_json
 from dinov2.fsdp.files import write_atomically
+from dinov2.train.monitoring.records import Record
 from dinov2.train.monitoring.selection import Choice, name_of
 
 logger = logging.getLogger("dinov2")
@@ -32,7 +36,7 @@ def update_best(
     evaluated: int | None,
     export: Callable[[Path], None],
     *,
-    needed: Collection[int] = (),
+    needed: Collection[Record] = (),
 ) -> bool:
     """Make ``best`` hold the chosen iteration, as far as its networks are at hand. All processes call this.
 
@@ -42,33 +46,35 @@ def update_best(
     Args:
         output_dir: of the run.
         choice: what to ship.
-        evaluated: iteration whose networks ``export`` writes; None where a run was only resumed.
+        evaluated: iteration whose networks ``export`` writes; None where they are of no evaluation.
         export: writes the checkpoint files of the networks as they are now into a folder; all processes.
-        needed: iterations whose folders stay beside that of the choice, such as the choice at the newest
-            checkpoint, to which a killed run would return.
+        needed: records whose folders stay beside that of the choice, such as the choices at the checkpoints
+            to which a killed run may return.
 
     Returns:
         Whether ``best`` is of the chosen iteration now.
     """
-    wanted = choice.best.iteration
+    wanted = choice.best
     try:
         _on_main(lambda: _clear_remains(output_dir))
-        if wanted == evaluated and not _on_main(lambda: _is_of(_newest(output_dir, wanted), choice)):
-            aside = output_dir / FOLDERS / f".{wanted}.new"
+        if wanted.iteration == evaluated and _on_main(lambda: _folder_of(output_dir, wanted) is None):
+            aside = output_dir / FOLDERS / f".{wanted.iteration}.new"
             export(aside)
             _on_main(lambda: _put_in_place(output_dir, aside, choice))
-        if _on_main(lambda: _newest(output_dir, wanted) is None):
+        if _on_main(lambda: _folder_of(output_dir, wanted) is None):
             held = _on_main(lambda: best_iteration(output_dir))
             logger.error(
-                "%s/%s should be of %s, whose networks are no longer there: a run that went back has "
-                "replaced them. It stays as it is, %s, until another evaluation is chosen",
-                *(output_dir, BEST, name_of(choice.best)),
+                "%s/%s should be of %s, whose networks are not there: they could not be written, or a run "
+                "that went back has replaced them. It stays as it is, %s, until another evaluation is chosen",
+                *(output_dir, BEST, name_of(wanted)),
                 "absent" if held is None else f"of iteration {held}",
             )
             return False
-        _on_main(lambda: _point_to(output_dir, choice, {wanted, *needed}))
+        _on_main(lambda: _point_to(output_dir, choice, [wanted, *needed]))
     except OutputError as error:
         logger.error("%s/%s keeps the earlier choice, and the run goes on: %s", output_dir, BEST, error)
+        with contextlib.suppress(OutputError):  # the disk may be full, and a checkpoint is to come
+            _on_main(lambda: _clear_remains(output_dir))
         return False
     return True
 
@@ -94,19 +100,26 @@ def _on_main(act: Callable[[], object]) -> object:
     return result
 
 
-def _newest(output_dir: Path, iteration: int) -> Path | None:
-    """Return the folder that holds the networks of an iteration, as they were last."""
-    found = []
-    for path in (output_dir / FOLDERS).glob(f"{iteration}*"):
+def _folder_of(output_dir: Path, record: Record) -> Path | None:
+    """Return the folder that holds the networks of this very record."""
+    for path in (output_dir / FOLDERS).glob(f"{record.iteration}*"):
         name = FOLDER_NAME.fullmatch(path.name)
-        if name and int(name[1]) == iteration and (path / SUMMARY).is_file():
-            found.append((int(name[2] or 1), path))
-    return max(found)[1] if found else None
+        if name and int(name[1]) == record.iteration and _record_in(path) == _mark(record):
+            return path
+    return None
 
 
-def _is_of(folder: Path | None, choice: Choice) -> bool:
-    """Whether the folder holds the networks of this very record."""
-    return folder is not None and (folder / SUMMARY).read_text("utf-8") == _summary(choice)
+def _record_in(folder: Path) -> str | None:
+    """Return the mark of the record that a folder is of, None where it does not tell."""
+    try:
+        return json.loads((folder / SUMMARY).read_text("utf-8"))["record"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _mark(record: Record) -> str:
+    """A checksum of a record: an iteration that is done again with other data has another one."""
+    return hashlib.sha256(record.line().encode()).hexdigest()
 
 
 def _summary(choice: Choice) -> str:
@@ -118,6 +131,7 @@ def _summary(choice: Choice) -> str:
         "value": record.signals.get(choice.signal),
         "interval": None if low is None else [low, high],
         "why": choice.why,
+        "record": _mark(record),
     }
     return to_json(content) + "\n"
 
@@ -137,10 +151,10 @@ def _write_summary(folder: Path, choice: Choice) -> None:
     write_atomically(folder / SUMMARY, lambda file: file.write(_summary(choice).encode()))
 
 
-def _point_to(output_dir: Path, choice: Choice, keep: Collection[int]) -> None:
+def _point_to(output_dir: Path, choice: Choice, keep: Collection[Record]) -> None:
     """Make the link name the choice, bring its summary up to date, and delete what is not needed."""
-    folder = _newest(output_dir, choice.best.iteration)
-    if not _is_of(folder, choice):  # the same iteration, compared with more evaluations since
+    folder = _folder_of(output_dir, choice.best)
+    if (folder / SUMMARY).read_text("utf-8") != _summary(choice):  # compared with more evaluations since
         _write_summary(folder, choice)
     link, target = output_dir / BEST, Path(FOLDERS, folder.name)
     if link.exists() and not link.is_symlink():
@@ -153,7 +167,7 @@ def _point_to(output_dir: Path, choice: Choice, keep: Collection[int]) -> None:
         new.symlink_to(target)
         new.replace(link)
         logger.info("%s now holds %s: %s", link, name_of(choice.best), choice.why)
-    kept = {_newest(output_dir, iteration) for iteration in keep}
+    kept = [_folder_of(output_dir, record) for record in keep]
     for path in (output_dir / FOLDERS).iterdir():
         if path not in kept:
             gone = path.with_name(f".{path.name}.old")  # a kill while it is deleted leaves no half folder

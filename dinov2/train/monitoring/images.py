@@ -217,7 +217,8 @@ class Images:
                 persistent=False,
             ),
         )
-        self.batches = list(loader)
+        # Copied: what a worker sends lies in shared memory, of which containers have little.
+        self.batches = [batch.clone() for batch in loader]
         digests = distributed.all_gather_objects([_digest(batch) for batch in self.batches])
         in_order = [part[step] for step in range(self.steps) for part in digests if step < len(part)]
         self.digest = hashlib.sha256("".join(in_order).encode()).hexdigest()

@@ -26,13 +26,13 @@ class Judge:
         """
         return ()
 
-    def on_record(self, records: Sequence[Record], *, evaluated: bool = True) -> Decision:
+    def on_record(self, records: Sequence[Record], *, at: int, new: bool = True) -> Decision:
         """Decide how to go on; called after a record is in the file, and when a run is resumed.
 
         Args:
             records: All of the run, in the order of their iterations; at least one.
-            evaluated: Whether the newest one has just been made: then the networks are as they were
-                evaluated, and what is exported here is what was judged.
+            at: Iterations that the networks have done: a record of as many is of these networks.
+            new: Whether the newest record has just been made.
         """
         return Decision()
 

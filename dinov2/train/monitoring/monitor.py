@@ -1,5 +1,7 @@
 """Evaluation in the loop: when it is due, what it computes, and the files it leaves."""
 
+import contextlib
+import hashlib
 import io
 import logging
 import math
@@ -24,13 +26,12 @@ from dinov2.fsdp.files import UNREADABLE, write_atomically
 from dinov2.train.monitoring.images import Images, Sources, monitor_period
 from dinov2.train.monitoring.judge import Decision, Judge
 from dinov2.train.monitoring.probe import cls_features, prototype_signals, untouched
-from dinov2.train.monitoring.records import RECORDS_FILE, Record, append_record, read_records
+from dinov2.train.monitoring.records import RECORDS_FILE, START_FILE, Record, append_record, read_records
 from dinov2.train.run_state import drop_rows_from
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger("dinov2")
 
-START_FILE = "evaluation_start.npz"  # the teacher's features of the monitored images at iteration 0
 NETWORKS = ("teacher", "student")
 KNN_SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "auroc")
 
@@ -79,6 +80,7 @@ class Monitor:
         if self.labelled is not None:
             self.images |= {role: Images(cfg, data) for role, data in self.labelled.datasets.items()}
             (self.k,) = usable_ks([self.k], self.images["train"].count)
+        self.mark = self._mark()
         counts = ", ".join(f"{images.count} {role}" for role, images in self.images.items())
         logger.info("images of evaluations in the loop: %s, read in %.1f s", counts, time.monotonic() - began)
 
@@ -97,7 +99,13 @@ class Monitor:
         missing = all(record.iteration != done for record in self.records)
         if done and self.due(done) and missing:
             return self.evaluate(done, teacher_temp)
-        return self.judge.on_record(self.records, evaluated=False) if self.records else Decision()
+        return self.judge.on_record(self.records, new=False, at=done) if self.records else Decision()
+
+    def go_back(self, done: int) -> None:
+        """Forget records of iterations that are done again, and what was concluded from them."""
+        self.rewind(done)
+        if self.records:
+            self.judge.on_record(self.records, new=False, at=done)
 
     def conclude(self) -> None:
         """End the run."""
@@ -109,7 +117,25 @@ class Monitor:
             drop_rows_from(self.path, done + 1)
         known = read_records(self.path) if distributed.is_main_process() else []
         # One that could not be dropped stays in the file, and out of what is decided by.
-        self.records = distributed.broadcast_object([r for r in known if r.iteration <= done])
+        known = [record for record in known if record.iteration <= done]
+        alike = [record for record in known if record.images == self.mark]
+        if len(alike) < len(known):
+            logger.warning(
+                "%d of %d evaluations of this run were of other images, labels or evaluation.nb_knn: later "
+                "ones are not compared with them",
+                *(len(known) - len(alike), len(known)),
+            )
+        self.records = distributed.broadcast_object(alike)
+
+    def _mark(self) -> str:
+        """Return a checksum of what decides the signals beside the networks."""
+        mark = hashlib.sha256(str(self.k).encode())
+        for role, images in sorted(self.images.items()):
+            mark.update(f"{role} {images.digest}".encode())
+        if self.labelled is not None:
+            for role, labels in sorted(self.labelled.labels.items()):
+                mark.update(role.encode() + labels.numpy().tobytes())
+        return mark.hexdigest()
 
     def due(self, done: int, *, is_last: bool = False) -> bool:
         """Tell whether to evaluate after so many iterations."""
@@ -132,7 +158,7 @@ class Monitor:
         # Under the iteration that was done last: a resumed run writes those from the next one on again.
         self.publish(max(done - 1, 0), {f"eval/{name}": value for name, value in record.signals.items()})
         logger.info("%s", _in_words(record, self.model.embed_dim, time.monotonic() - began))
-        return self.judge.on_record(self.records)
+        return self.judge.on_record(self.records, at=done)
 
     def _compute(self, done: int, teacher_temp: float) -> Record:
         features: dict[str, dict[str, Tensor]] = {network: {} for network in NETWORKS}
@@ -180,7 +206,7 @@ class Monitor:
         start = self.start_features
         signals["drift_cosine"] = math.nan if start is None else health.matched_cosine(teacher, start)
         signals["drift_cka"] = math.nan if start is None else health.linear_cka(teacher, start)
-        return Record(done, signals, intervals)
+        return Record(done, signals, intervals, images=self.mark)
 
     def _knn(self, features: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
         """Return the scores of the vote of the nearest labelled images, and their bootstrap intervals."""
@@ -207,6 +233,8 @@ class Monitor:
             content, features=self.start_features.numpy(), images=np.array(self.images["monitored"].digest)
         )
         path = self.path.with_name(START_FILE)
+        with contextlib.suppress(OSError):  # another run's would be taken for this one's later
+            path.unlink(missing_ok=True)
         write_atomically(path, lambda file: file.write(content.getvalue()))
 
     def _read_start(self) -> Tensor | None:

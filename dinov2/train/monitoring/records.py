@@ -7,8 +7,10 @@ from pathlib import Path
 
 from dinov2.errors import OutputError
 from dinov2.eval.results import to_json
+from dinov2.logging.helpers import append_line
 
 RECORDS_FILE = "evaluation_metrics.json"
+START_FILE = "evaluation_start.npz"  # the teacher's features of the monitored images at iteration 0
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,14 @@ class Record:
         signals: by name; one that is not defined is NaN.
         intervals: 95 % intervals ``(low, high)`` of some of the signals.
         collapse: one clause per reason to call the features collapsed; none if they are not.
+        images: checksum of the images and labels they come from; records of others are not comparable.
     """
 
     iteration: int
     signals: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     collapse: tuple[str, ...] = ()
+    images: str = ""
 
     def line(self) -> str:
         """Return the record as a line of the file."""
@@ -34,6 +38,7 @@ class Record:
             "signals": dict(self.signals),
             "intervals": {name: list(ends) for name, ends in self.intervals.items()},
             "collapse": list(self.collapse),
+            "images": self.images,
         }
         return to_json(content) + "\n"
 
@@ -54,6 +59,7 @@ def read_records(path: Path) -> list[Record]:
                 {name: _number(value) for name, value in content["signals"].items()},
                 {name: tuple(map(_number, ends)) for name, ends in content["intervals"].items()},
                 tuple(content["collapse"]),
+                content.get("images", ""),
             )
         )
     return records
@@ -66,8 +72,7 @@ def append_record(path: Path, record: Record) -> None:
         OutputError: the file cannot be written.
     """
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(record.line())
+        append_line(path, record.line().encode())
     except OSError as error:
         raise OutputError(f"the evaluation file {path} cannot be written ({error.strerror})") from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from dinov2.errors import counted
-from dinov2.fsdp import newest_iteration
+from dinov2.fsdp import saved_iterations
 from dinov2.train.monitoring.best import update_best
 from dinov2.train.monitoring.collapse import find_collapse, worse_than_start
 from dinov2.train.monitoring.judge import Decision, Judge
@@ -44,20 +44,20 @@ class RunJudge(Judge):
             record, start, prototypes=self.model.dino_out_dim, embed_dim=self.model.embed_dim
         )
 
-    def on_record(self, records: Sequence[Record], *, evaluated: bool = True) -> Decision:
+    def on_record(self, records: Sequence[Record], *, at: int, new: bool = True) -> Decision:
         """Warn of features that collapsed or became worse, bring ``best/`` up to date, decide on the end."""
         newest, start = records[-1], records[0] if not records[0].iteration else None
         done = newest.iteration
-        if evaluated and newest.collapse:
+        if new and newest.collapse:
             logger.error(
                 "the features have COLLAPSED after %d iterations: %s. Lower optim.base_lr, or look at the "
                 "centring and the temperatures of the teacher",
                 *(done, "; ".join(newest.collapse)),
             )
         worse = worse_than_start(newest, start)
-        if evaluated and worse:
+        if new and worse:
             logger.warning("after %d iterations the features are WORSE than at the start: %s", done, worse)
-        choice = self._choose(records, done if evaluated else None)
+        choice = self._choose(records, at)
         if newest.collapse and self.cfg.evaluation.on_collapse == "stop":
             return Decision(True, "the features have collapsed, and evaluation.on_collapse is stop")
         if choice is not None and choice.stop and self.cfg.evaluation.early_stop:
@@ -74,24 +74,34 @@ class RunJudge(Judge):
         if self.selection is not None and records:
             logger.info("%s", describe(self.selection.judge(records), records))
 
-    def _choose(self, records: Sequence[Record], evaluated: int | None) -> Choice | None:
+    def _choose(self, records: Sequence[Record], at: int) -> Choice | None:
         if self.selection is None:
             return None
         choice = self.selection.judge(records)
         update_best(
             self.folder,
             choice,
-            evaluated,
+            at,
             self._export,
-            needed=self._chosen_at_the_newest_checkpoint(records),
+            needed=self._chosen_at_checkpoints(records),
         )
         return choice
 
-    def _chosen_at_the_newest_checkpoint(self, records: Sequence[Record]) -> list[int]:
-        """Return the choice of a run that is killed now and goes on from its newest checkpoint."""
-        saved = newest_iteration(self.folder)
-        before = [record for record in records if saved is None or record.iteration <= saved + 1]
-        return [self.selection.judge(before).best.iteration] if before else []
+    def _chosen_at_checkpoints(self, records: Sequence[Record]) -> list[Record]:
+        """Return the choices of a run that is killed now and goes on from a checkpoint.
+
+        The one that is being written may not be complete yet, and the newest may turn out to be damaged, so
+        those since the last but one count.
+        """
+        saved = saved_iterations(self.folder)[:2]
+        if not saved:
+            return []
+        first = saved[-1] + 1
+        prefixes = [
+            records[: number + 1] for number, record in enumerate(records) if record.iteration >= first
+        ]
+        earlier = [record for record in records if record.iteration < first]
+        return [self.selection.judge(prefix).best for prefix in [earlier, *prefixes] if prefix]
 
     @property
     def _export(self) -> Callable[[Path], None]:

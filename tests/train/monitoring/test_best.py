@@ -150,7 +150,7 @@ def test_a_full_disk_keeps_the_old_choice_and_says_so(run, monkeypatch, caplog):
     monkeypatch.undo()
     # The choice stays at 10, whose networks are gone: told at every evaluation, until another is chosen.
     assert not run.evaluate(20, 0.65)
-    assert "should be of iteration 10, whose networks are no longer there" in caplog.text
+    assert "should be of iteration 10, whose networks are not there" in caplog.text
     assert "of iteration 0, until" in caplog.text
     assert run.evaluate(30, 0.8)
     assert run.held()[0] == 30 and run.folders() == {"30"}
@@ -158,8 +158,8 @@ def test_a_full_disk_keeps_the_old_choice_and_says_so(run, monkeypatch, caplog):
 
 def test_a_run_that_goes_back_finds_its_earlier_choice(run):
     run.evaluate(0, 0.5)
-    run.evaluate(10, 0.6, needed={0})
-    run.evaluate(20, 0.7, needed={10})  # the newest checkpoint is of iteration 10
+    run.evaluate(10, 0.6, needed=run.records[:1])
+    run.evaluate(20, 0.7, needed=run.records[1:2])  # the newest checkpoint is of iteration 10
     assert run.folders() == {"10", "20"}
     run.records = run.records[:2]
     assert update_best(run.output_dir, run.choice(), None, run.export)

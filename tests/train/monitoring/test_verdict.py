@@ -1,6 +1,7 @@
 """What follows from evaluations in whole runs: ``best/``, an early end, a collapse."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -65,7 +66,44 @@ def test_a_run_without_gain_ends_early_and_a_restart_takes_no_step(scored, tmp_p
     assert [record.iteration for record in read_records(tmp_path / RECORDS_FILE)] == [0, 2]
     assert read_state(tmp_path / "model_final")["iteration"] == 1
     log = scored(tmp_path, ranks, *stops)
-    assert "no step is taken after iteration 2" in log
+    assert "no step is taken after iteration 1: 1 evaluation brought" in log
+
+
+def go_back_to_iteration_4(out):
+    shutil.rmtree(out / "model_final")
+    (out / "last_checkpoint.rank_0").unlink()
+
+
+def test_a_run_that_is_to_stop_when_it_comes_back_leaves_what_an_end_leaves(scored, tmp_path):
+    ranks = {0: 9.0, 2: 8.0, 4: 7.0, 6: 6.0}
+    scored(tmp_path, ranks)
+    go_back_to_iteration_4(tmp_path)
+    log = scored(tmp_path, ranks, "evaluation.early_stop=true", "evaluation.patience=1")
+    assert "no step is taken after iteration 3: 2 evaluations brought nothing better" in log
+    assert read_state(tmp_path / "model_final")["iteration"] == 3
+    assert log.count("Ship the starting backbone") == 2
+    assert [record.iteration for record in read_records(tmp_path / RECORDS_FILE)] == [0, 2, 4]
+
+
+def test_a_choice_that_could_not_be_written_is_made_good_where_its_networks_are_loaded(scored, tmp_path):
+    ranks = {0: 9.0, 2: 9.0, 4: 20.0, 6: 1.0}
+    scored(tmp_path, ranks)
+    expected = (tmp_path / "best" / "teacher_checkpoint.pth").read_bytes()
+    go_back_to_iteration_4(tmp_path)
+    (tmp_path / "best").unlink()
+    shutil.rmtree(tmp_path / "best_iterations")
+    scored(tmp_path, ranks)
+    assert held(tmp_path)["iteration"] == 4
+    assert (tmp_path / "best" / "teacher_checkpoint.pth").read_bytes() == expected
+
+
+def test_evaluations_of_other_images_are_not_compared(scored, tmp_path):
+    scored(tmp_path, {0: 99.0, 2: 98.0, 4: 97.0, 6: 96.0})
+    go_back_to_iteration_4(tmp_path)
+    log = scored(tmp_path, {4: 9.0, 6: 9.5}, "evaluation.monitor_samples=20")
+    assert "3 of 3 evaluations of this run were of other images" in log
+    assert not any(record.collapse for record in read_records(tmp_path / RECORDS_FILE))
+    assert held(tmp_path)["iteration"] == 4
 
 
 @pytest.mark.parametrize("reaction", ["warn", "stop"])
