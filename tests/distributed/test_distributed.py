@@ -80,6 +80,7 @@ def test_two_processes_under_torchrun_even_inside_a_slurm_allocation(worker):
     assert "destroy_process_group" not in result.stderr  # PyTorch's complaint about groups left open
 
 
+@pytest.mark.slow
 def test_one_process_under_torchrun_makes_a_group(worker):
     result = torchrun(worker, 1)
     assert "rank 0 of 1: group=True sum=[1, 1]" in result.stdout, result.stderr

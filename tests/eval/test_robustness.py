@@ -158,6 +158,7 @@ def measure(case, folder, centers) -> None:
     command.main(command.get_args_parser().parse_args([str(option) for option in options]))
 
 
+@pytest.mark.slow
 def test_command_line_gives_the_same_in_one_and_two_processes(tiny_case, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "PERTURBATIONS", PERTURBATIONS)  # set back at the end
     centers = tmp_path / "centers.csv"

@@ -1,5 +1,6 @@
 """Sharded networks: gradients of several backward passes reduced once, and blocks that recompute."""
 
+import pytest
 import torch
 from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
@@ -65,6 +66,7 @@ def all_modes():
     return {mode: sharded(mode) for mode in ("none", "selective", "full")}
 
 
+@pytest.mark.slow
 def test_one_reduction_gives_the_gradients_of_the_whole_batch():
     for of_process in run_in_processes(all_modes):
         for mode, ((at_once, far, size), (early, far_deferred, _)) in of_process.items():

@@ -102,6 +102,7 @@ def launch(run, output_dir, *overrides):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_leave_the_last_checkpoint(damaged, tmp_path):
     out = tmp_path / "run"
     done = launch(
