@@ -5,15 +5,13 @@ What is wrong with the tables and bags is gathered, so that all of it is said be
 
 import csv
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from dinov2.data.datasets.csv_text import csv_lines
 from dinov2.errors import ConfigError, DatasetError, nearest, some_of
-from dinov2.eval.slides.bags import FEATURES, HDF5_SUFFIXES, find_bags, read_bag
+from dinov2.eval.slides.bags import find_bags, look_at_bag
 
 PATIENT, SLIDE = "patient", "slide"
 # More of one kind are counted, not named.
@@ -46,10 +44,17 @@ class Patient:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Patients in the order of their names, and the width D of the features of their tiles."""
+    """Patients in the order of their names, and what made the features of their tiles.
+
+    Attributes:
+        patients: in that order.
+        width: D of the features.
+        encoder: see :func:`~dinov2.eval.slides.bags.encoder_of`, empty where no bag says it.
+    """
 
     patients: tuple[Patient, ...]
     width: int
+    encoder: str = ""
 
     def classes(self) -> list[str]:
         """Return the labels that occur, in the order of the alphabet."""
@@ -132,7 +137,7 @@ def read_cohort(labels: str | Path, bags: str | Path, columns: Columns, problems
     )
     if not patients and not problems:
         raise DatasetError(f'"{labels}" names no patient: give a line for each slide below the header')
-    return Cohort(patients, _common_width([path for patient in patients for path in patient.bags], problems))
+    return Cohort(patients, *_common_facts([path for patient in patients for path in patient.bags], problems))
 
 
 def check_classes(cohort: Cohort, folds: int, problems: Problems) -> None:
@@ -162,6 +167,8 @@ def check_external(cohort: Cohort, external: Cohort, problems: Problems) -> None
             )
     if cohort.width and external.width and cohort.width != external.width:
         problems.add("the cohorts have features of two widths", f"{cohort.width} and {external.width}")
+    if cohort.encoder and external.encoder and cohort.encoder != external.encoder:
+        problems.add("the cohorts have features of two encoders", f"{cohort.encoder} and {external.encoder}")
 
 
 def in_class_order(classes: Sequence[str], positive: str | None) -> list[str]:
@@ -183,43 +190,28 @@ def in_class_order(classes: Sequence[str], positive: str | None) -> list[str]:
     return [name for name in classes if name != positive] + [positive]
 
 
-def bag_shape(path: Path) -> tuple[int, int]:
-    """Return the number of tiles and the width of a bag, without reading its features where that is possible.
-
-    Raises:
-        DatasetError: see :func:`~dinov2.eval.slides.bags.read_bag`.
-    """
-    shape: Iterable[int] = ()
-    try:
-        if path.suffix.lower() in HDF5_SUFFIXES:
-            import h5py
-
-            with h5py.File(path, "r") as file:
-                shape = next((file[name].shape for name in FEATURES if name in file), ())
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            shape = content.shape if isinstance(content, torch.Tensor) else content["features"].shape
-    except Exception:  # whatever it is, the reader says it in a sentence
-        shape = ()
-    shape = tuple(shape)[-2:]
-    return shape if len(shape) == 2 and all(shape) else tuple(read_bag(path).features.shape)
-
-
-def _common_width(paths: Sequence[Path], problems: Problems) -> int:
-    """Return the width of the features of all bags, 0 without bags; others than that of most are noted."""
+def _common_facts(paths: Sequence[Path], problems: Problems) -> tuple[int, str]:
+    """Return the width and the encoder that most bags have, 0 and empty without any; others are noted."""
     of_width: dict[int, list[Path]] = defaultdict(list)
+    of_encoder: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
         try:
-            of_width[bag_shape(path)[1]].append(path)
+            facts = look_at_bag(path)
         except DatasetError as error:
             problems.add("bags that cannot be read", str(error))
-    if not of_width:
-        return 0
-    width = max(of_width, key=lambda width: len(of_width[width]))
+            continue
+        of_width[facts.width].append(path)
+        if facts.encoder:
+            of_encoder[facts.encoder].append(path)
+    width = max(of_width, key=lambda width: len(of_width[width]), default=0)
+    encoder = max(of_encoder, key=lambda encoder: len(of_encoder[encoder]), default="")
     for other in sorted(set(of_width) - {width}):
         for path in of_width[other]:
             problems.add(f"bags of another width than the {width} of most", f"{path.stem} ({other})")
-    return width
+    for other in sorted(set(of_encoder) - {encoder}):
+        for path in of_encoder[other]:
+            problems.add(f"bags of another encoder than the {encoder} of most", f"{path.stem} ({other})")
+    return width, encoder
 
 
 def _read_rows(path: Path, columns: Columns) -> list[tuple[int, tuple[str, str, str]]]:

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from dinov2 import cli
 from dinov2.data.slides.reader import Slide, open_slide
 from dinov2.errors import ConfigError, DatasetError, OutputError
-from dinov2.eval.slides.bags import Bag, read_bag
+from dinov2.eval.slides.bags import Bag, encoder_of, read_bag
 from dinov2.eval.slides.models import TrainedAggregator, load_model
 
 logger = logging.getLogger("dinov2")
@@ -83,12 +83,18 @@ def attention_of(trained: TrainedAggregator, bag: Bag) -> np.ndarray:
 
     Raises:
         ConfigError: the aggregator gives none.
-        DatasetError: the bag has no coordinates, or features of another width than the model's.
+        DatasetError: the bag has no coordinates, or features of another width or encoder than the model's.
     """
     if bag.features.shape[1] != trained.width:
         raise DatasetError(
             f'the bag "{bag.name}" has features of the width {bag.features.shape[1]}, the model takes '
             f"{trained.width}: extract the slide with the backbone of the training bags"
+        )
+    encoder = encoder_of(bag.attributes)
+    if encoder and trained.encoder and encoder != trained.encoder:
+        raise DatasetError(
+            f'the bag "{bag.name}" has features of the encoder {encoder}, the model takes those of '
+            f"{trained.encoder}: extract the slide with the backbone of the training bags"
         )
     if bag.coords is None:
         raise DatasetError(

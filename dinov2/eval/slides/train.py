@@ -215,6 +215,7 @@ def run_study(
             study.cohort.width,
             study.classes,
             args.target,
+            study.cohort.encoder,
         )
         found = probabilities(patient_logits(model, test, study.classes, reading))
         pooled += zip(test, found, strict=True)
@@ -301,6 +302,7 @@ def _head(
         "target": args.target,
         "aggregator": aggregator,
         "feature_width": study.cohort.width,
+        "encoder": study.cohort.encoder,
         "patients": len(study.cohort.patients),
         "slides": sum(len(patient.bags) for patient in study.cohort.patients),
         "bags": args.bags,

@@ -15,12 +15,14 @@ from dinov2.eval.slides.models import save_model
 SIDE = 32
 
 
-def write_bag(path, attributes=True, coords=True):
+def write_bag(path, attributes=True, coords=True, encoder=None):
     h5py = pytest.importorskip("h5py")
     corners = np.array([(x, y) for y in range(0, 128, SIDE) for x in range(0, 160, SIDE)])
     features = np.random.default_rng(0).normal(size=(len(corners), 6)).astype(np.float32)
     with h5py.File(path, "w") as file:
         file["features"] = features
+        if encoder:
+            file["features"].attrs["encoder"] = encoder
         if coords:
             file["coords"] = corners
             if attributes:
@@ -28,10 +30,10 @@ def write_bag(path, attributes=True, coords=True):
     return torch.from_numpy(features), corners
 
 
-def write_model(path, aggregator="abmil", width=6):
+def write_model(path, aggregator="abmil", width=6, encoder=""):
     torch.manual_seed(0)
     model = recipe_of(aggregator).build(width, 1).eval()
-    save_model(path, model, aggregator, width, ["no", "yes"], "msi")
+    save_model(path, model, aggregator, width, ["no", "yes"], "msi", encoder)
     return model
 
 
@@ -120,6 +122,17 @@ def test_what_has_no_map_is_refused(tmp_path):
     write_bag(tmp_path / "s.h5", coords=False)
     with pytest.raises(DatasetError, match="no coordinates"):
         run(tmp_path)
+
+
+def test_the_bag_of_another_encoder_is_refused(tmp_path):
+    write_bag(tmp_path / "s.h5", encoder="vit-ours")
+    write_model(tmp_path / "m.pt", encoder="vit-theirs")
+    with pytest.raises(DatasetError, match="of the encoder vit-ours, the model takes those of vit-theirs"):
+        run(tmp_path)
+    for bag, model in (("vit-ours", "vit-ours"), ("vit-ours", ""), (None, "vit-theirs")):
+        write_bag(tmp_path / "s.h5", encoder=bag)
+        write_model(tmp_path / "m.pt", encoder=model)
+        assert len(run(tmp_path)) == 2
 
 
 def test_another_slide_is_refused(tmp_path):

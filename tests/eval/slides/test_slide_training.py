@@ -176,6 +176,47 @@ def test_an_external_cohort_that_is_no_test_is_refused(tmp_path):
         assert part in str(caught.value)
 
 
+def name_encoder(planted: Planted, patient: str, encoder: str, pool: str | None = None) -> None:
+    """Turn the bag of a patient into an HDF5 file that names what made it."""
+    h5py = pytest.importorskip("h5py")
+    old = planted.bags / f"{patient}-0.pt"
+    with h5py.File(old.with_suffix(".h5"), "w") as file:
+        file["features"] = torch.load(old, weights_only=True).numpy()
+        file["features"].attrs["encoder"] = encoder
+        if pool:
+            file.attrs["recipe"] = json.dumps({"encoder": {"pool": pool}})
+    old.unlink()
+
+
+def test_features_of_two_encoders_of_one_width_are_refused(tmp_path):
+    planted = make(tmp_path / "own", patients=8, tiles=5, width=8)
+    other = make(tmp_path / "other", patients=2, tiles=5, width=8, prefix="E")
+    for patient, encoder, pool in (
+        ("P000", "ours", "cls"),
+        ("P001", "ours", "cls"),
+        ("P002", "theirs", None),
+        ("P003", "ours", "mean"),
+    ):
+        name_encoder(planted, patient, encoder, pool)
+    name_encoder(other, "E001", "theirs")
+    cohort = ["--external-bags", str(other.bags), "--external-labels", str(other.labels)]
+    with pytest.raises(DatasetError) as caught:
+        run(planted, tmp_path / "out", "--folds", "2", *cohort)
+    for part in (
+        "another encoder than the ours (cls) of most: P003-0 (ours (mean)); P002-0 (theirs)",
+        "two encoders: ours (cls) and theirs",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_model_keeps_the_name_of_its_encoder_and_bags_without_one_are_taken(tmp_path):
+    planted = make(tmp_path / "own", patients=8, tiles=5, width=8)
+    name_encoder(planted, "P001", "ours")
+    run(planted, tmp_path / "out", "--folds", "2", *QUICK, "--epochs", "1", "--aggregator", "mean")
+    assert load_model(tmp_path / "out" / "model_fold_0.pt").encoder == "ours"
+    assert summary(tmp_path / "out")["encoder"] == "ours"
+
+
 def test_a_folds_file_that_leaks_is_refused(tmp_path):
     planted = make(tmp_path, patients=6, tiles=5, width=8)
     folds = tmp_path / "folds.csv"
