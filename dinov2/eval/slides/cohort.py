@@ -157,7 +157,15 @@ def check_classes(cohort: Cohort, folds: int, problems: Problems) -> None:
 def check_external(cohort: Cohort, external: Cohort, problems: Problems) -> None:
     """Note what keeps a cohort from being a test of models that were trained on another."""
     own = {patient.name for patient in cohort.patients}
+    own_slides = {path.stem for patient in cohort.patients for path in patient.bags}
+    own_files = {path.resolve() for patient in cohort.patients for path in patient.bags}
     for patient in external.patients:
+        for path in patient.bags:
+            if path.stem in own_slides or path.resolve() in own_files:
+                problems.add(
+                    "slides of both cohorts (by name or by file; leave them out of one)",
+                    f"{path.stem} of external patient {patient.name}",
+                )
         if patient.name in own:
             problems.add("patients of both cohorts", patient.name)
         if patient.label not in cohort.classes():

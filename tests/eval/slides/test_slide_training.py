@@ -176,6 +176,20 @@ def test_an_external_cohort_that_is_no_test_is_refused(tmp_path):
         assert part in str(caught.value)
 
 
+def test_slides_of_both_cohorts_are_refused_under_other_names_of_patients_and_files(tmp_path):
+    planted = make(tmp_path / "own", patients=8, tiles=5, width=8)
+    other = make(tmp_path / "other", patients=3, tiles=5, width=8, prefix="E")
+    (other.bags / "E000-0.pt").rename(other.bags / "P000-0.pt")
+    (other.bags / "E001-0.pt").unlink()
+    (other.bags / "E001-0.pt").symlink_to(planted.bags / "P001-0.pt")
+    write_labels(other.labels, [("A", "P000-0", "no"), ("B", "E001-0", "yes"), ("C", "E002-0", "no")])
+    with pytest.raises(DatasetError) as caught:
+        cohort = ["--external-bags", str(other.bags), "--external-labels", str(other.labels)]
+        run(planted, tmp_path / "out", "--folds", "2", *cohort)
+    assert "P000-0 of external patient A; E001-0 of external patient B" in str(caught.value)
+    assert "E002" not in str(caught.value)
+
+
 def name_encoder(planted: Planted, patient: str, encoder: str, pool: str | None = None) -> None:
     """Turn the bag of a patient into an HDF5 file that names what made it."""
     h5py = pytest.importorskip("h5py")
