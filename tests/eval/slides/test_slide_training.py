@@ -12,8 +12,9 @@ from dinov2.errors import ConfigError, DatasetError
 from dinov2.eval.predictions import read_predictions
 from dinov2.eval.slides import train
 from dinov2.eval.slides.aggregators import recipe_of
-from dinov2.eval.slides.cohort import Patient
+from dinov2.eval.slides.cohort import Cohort, Patient
 from dinov2.eval.slides.fitting import BagReading, _BagFiles, _units
+from dinov2.eval.slides.folds import make_folds
 from dinov2.eval.slides.models import load_model
 from tests.eval.slides.planted import Planted, make, write_labels
 
@@ -163,6 +164,26 @@ def test_one_class_is_refused(tmp_path):
     write_labels(planted.labels, [(f"P{n:03d}", f"P{n:03d}-0", "no") for n in range(4)])
     with pytest.raises(DatasetError, match="all patients are of one class, and two are needed: no"):
         run(planted, tmp_path / "out", "--folds", "2")
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (2, 3)])
+def test_classes_too_small_to_validate_are_refused(tmp_path, counts):
+    planted = make(tmp_path, patients=sum(counts), tiles=5, width=8)
+    labels = [label for label, count in zip("ab", counts, strict=True) for _ in range(count)]
+    write_labels(planted.labels, [(f"P{n:03d}", f"P{n:03d}-0", label) for n, label in enumerate(labels)])
+    with pytest.raises(DatasetError, match="no patient is left to validate .* fold 0"):
+        run(planted, tmp_path / "out", "--folds", "2")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("small", [2, 3])
+def test_a_class_of_four_leaves_a_patient_to_validate(small):
+    patients = [
+        Patient(f"{label}{n}", label, ()) for label, count in (("a", small), ("b", 4)) for n in range(count)
+    ]
+    for count in range(2, small + 1):
+        for seed in range(5):
+            assert all(fold.val for fold in make_folds(Cohort(tuple(patients), 8), count, seed))
 
 
 def test_an_external_cohort_that_is_no_test_is_refused(tmp_path):
