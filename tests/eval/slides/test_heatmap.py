@@ -15,7 +15,7 @@ from dinov2.eval.slides.models import save_model
 SIDE = 32
 
 
-def write_bag(path, attributes=True, coords=True, encoder=None):
+def write_bag(path, attributes=True, coords=True, encoder=None, size=None):
     h5py = pytest.importorskip("h5py")
     corners = np.array([(x, y) for y in range(0, 128, SIDE) for x in range(0, 160, SIDE)])
     features = np.random.default_rng(0).normal(size=(len(corners), 6)).astype(np.float32)
@@ -27,6 +27,8 @@ def write_bag(path, attributes=True, coords=True, encoder=None):
             file["coords"] = corners
             if attributes:
                 file["coords"].attrs["patch_size_level0"] = SIDE
+            if size:
+                file["coords"].attrs.update({"level0_width": size[0], "level0_height": size[1]})
     return torch.from_numpy(features), corners
 
 
@@ -142,3 +144,11 @@ def test_another_slide_is_refused(tmp_path):
     tifffile.imwrite(tmp_path / "s.tif", np.zeros((64, 64, 3), np.uint8), tile=(16, 16), photometric="rgb")
     with pytest.raises(DatasetError, match="lie outside"):
         run(tmp_path, "--slide", tmp_path / "s.tif", "--assume-mpp", "0.5")
+    # A larger one, in which all tiles lie.
+    larger = np.full((192, 256, 3), 200, np.uint8)
+    tifffile.imwrite(tmp_path / "s.tif", larger, tile=(16, 16), photometric="rgb", compression="zlib")
+    write_bag(tmp_path / "s.h5", size=(160, 128))
+    with pytest.raises(DatasetError, match="of a slide of 160 x 128 px, .* has 256 x 192 px"):
+        run(tmp_path, "--slide", tmp_path / "s.tif", "--assume-mpp", "0.5")
+    write_bag(tmp_path / "s.h5", size=(256, 192))
+    assert len(run(tmp_path, "--slide", tmp_path / "s.tif", "--assume-mpp", "0.5")) == 3
