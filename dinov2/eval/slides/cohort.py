@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinov2.data.datasets.csv_text import csv_lines
+from dinov2.data.slides.sources import SLIDE_SUFFIXES
 from dinov2.errors import ConfigError, DatasetError, nearest, some_of
-from dinov2.eval.slides.bags import find_bags, look_at_bag
+from dinov2.eval.slides.bags import HDF5_SUFFIXES, TORCH_SUFFIX, find_bags, look_at_bag
 
 PATIENT, SLIDE = "patient", "slide"
+# What may follow the name of a slide in a table: of slides, of some that we do not read, and of bags.
+SUFFIXES = (*SLIDE_SUFFIXES, ".dcm", ".czi", ".isyntax", *HDF5_SUFFIXES, TORCH_SUFFIX)
 # More of one kind are counted, not named.
 SHOWN = 20
 
@@ -91,8 +94,7 @@ def read_cohort(labels: str | Path, bags: str | Path, columns: Columns, problems
     """Return the patients of a table of labels with the bags of their slides.
 
     The table is a CSV with a line for each slide: columns for the patient, the slide and the target. A slide
-    is named as its bag, with or without a suffix such as ``.svs``. Bags that the table does not name are left
-    out.
+    is named as its bag, with or without one of ``SUFFIXES``. Bags that the table does not name are left out.
 
     Args:
         labels: the CSV.
@@ -106,6 +108,7 @@ def read_cohort(labels: str | Path, bags: str | Path, columns: Columns, problems
     rows = _read_rows(Path(labels), columns)
     found = find_bags(bags)
     labels_of, slides_of, patients_of = defaultdict(set), defaultdict(set), defaultdict(set)
+    written_of = defaultdict(set)
     for line, (patient, slide, label) in rows:
         if not patient or not slide:
             problems.add(f'lines of "{labels}" without a patient or slide', f"line {line}")
@@ -116,7 +119,7 @@ def read_cohort(labels: str | Path, bags: str | Path, columns: Columns, problems
                 f"{slide} of patient {patient} (line {line})",
             )
             continue
-        name = slide if slide in found else Path(slide).stem
+        name = slide if slide in found else _without_suffix(slide)
         if name not in found:
             problems.add(
                 f'slides without a bag in "{bags}" (extract them, or delete their lines)',
@@ -125,9 +128,16 @@ def read_cohort(labels: str | Path, bags: str | Path, columns: Columns, problems
         labels_of[patient].add(label)
         slides_of[patient].add(name)
         patients_of[name].add(patient)
+        written_of[name].add(slide)
     for slide, patients in patients_of.items():
         if len(patients) > 1:
             problems.add("slides of several patients", f"{slide} of {', '.join(sorted(patients))}")
+    for slide, names in written_of.items():
+        if len(names) > 1:
+            problems.add(
+                f'slides of "{labels}" that share a bag (give each its own, or name the slide once)',
+                f"{', '.join(sorted(names))} (bag {slide})",
+            )
     for patient, values in labels_of.items():
         if len(values) > 1:
             problems.add("patients with contradictory labels", f"{patient} ({', '.join(sorted(values))})")
@@ -220,6 +230,12 @@ def _common_facts(paths: Sequence[Path], problems: Problems) -> tuple[int, str]:
         for path in of_encoder[other]:
             problems.add(f"bags of another encoder than the {encoder} of most", f"{path.stem} ({other})")
     return width, encoder
+
+
+def _without_suffix(slide: str) -> str:
+    """Return the name of a slide; a dot within it, as in ``S1.2``, starts no suffix."""
+    path = Path(slide)
+    return path.stem if path.suffix.lower() in SUFFIXES else path.name
 
 
 def _read_rows(path: Path, columns: Columns) -> list[tuple[int, tuple[str, str, str]]]:

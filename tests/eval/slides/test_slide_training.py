@@ -12,7 +12,7 @@ from dinov2.errors import ConfigError, DatasetError
 from dinov2.eval.predictions import read_predictions
 from dinov2.eval.slides import train
 from dinov2.eval.slides.aggregators import recipe_of
-from dinov2.eval.slides.cohort import Cohort, Patient
+from dinov2.eval.slides.cohort import Cohort, Columns, Patient, Problems, read_cohort
 from dinov2.eval.slides.fitting import BagReading, _BagFiles, _units
 from dinov2.eval.slides.folds import make_folds
 from dinov2.eval.slides.models import load_model
@@ -157,6 +157,31 @@ def test_all_that_is_wrong_is_said_at_once_before_anything_is_written(tmp_path):
     ):
         assert part in text, f"{part!r} is not in {text}"
     assert not (tmp_path / "out").exists()
+
+
+def test_only_suffixes_of_slides_and_bags_are_taken_off_their_names(tmp_path):
+    planted = make(tmp_path, patients=4, tiles=5, width=8)
+    slides = ("P000-0.SVS", "P001-0.h5", "P002-0", "P003-0.2")
+    write_labels(planted.labels, [(f"P{n:03d}", slide, "ab"[n % 2]) for n, slide in enumerate(slides)])
+    problems = Problems()
+    cohort = read_cohort(planted.labels, planted.bags, Columns("msi"), problems)
+    assert [[bag.stem for bag in patient.bags] for patient in cohort.patients[:3]] == [
+        ["P000-0"],
+        ["P001-0"],
+        ["P002-0"],
+    ]
+    with pytest.raises(DatasetError, match="without a bag .*: P003-0.2 of patient P003$"):
+        problems.stop()
+
+
+def test_two_names_of_one_bag_are_refused(tmp_path):
+    planted = make(tmp_path, patients=2, tiles=5, width=8)
+    rows = [("P000", "P000-0.svs", "a"), ("P000", "P000-0.ndpi", "a"), ("P001", "P001-0", "b")]
+    write_labels(planted.labels, rows)
+    problems = Problems()
+    read_cohort(planted.labels, planted.bags, Columns("msi"), problems)
+    with pytest.raises(DatasetError, match=r"share a bag .*: P000-0.ndpi, P000-0.svs \(bag P000-0\)$"):
+        problems.stop()
 
 
 def test_one_class_is_refused(tmp_path):
