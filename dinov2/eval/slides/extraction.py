@@ -226,18 +226,11 @@ def _extract(run: Extraction, entries: Sequence[SlideEntry]) -> Iterator[dict]:
             **record,
             "seconds": round(time.monotonic() - begin, 2),
             "recipe": run.recipe,
-            **_source_of(entry, run),
+            **({"source": scouted.source} if scouted.source else {}),
             **stamp(entry),
         }
         run.output.write_record(record)
         yield record
-
-
-def _source_of(entry: SlideEntry, run: Extraction) -> dict:
-    try:
-        return {"source": wanted_record(entry, run.order.recipe)["source"]}
-    except UserError:
-        return {}
 
 
 def _features_of(
@@ -329,7 +322,7 @@ def _publish(run: Extraction, entry: SlideEntry, scouted: Scouted, values: np.nd
                 scouted.plan.corners,
                 attributes=scouted.attributes,
                 encoder=run.encoder.name,
-                recipe={**run.recipe, **_source_of(entry, run)},
+                recipe={**run.recipe, "source": scouted.source},
             )
         run.output.publish(made, name, [*bag_names(name, BOTH), page_name(name)])
 
