@@ -332,6 +332,15 @@ def test_tiffslide_serves_as_well(extraction, slides, tmp_path):
     for backend in ("openslide", "tiffslide"):
         record = extract_all(extraction(only, backend=backend, output=tmp_path / backend))[0]
         assert record["backend"] == backend
+        assert (
+            json.loads(read_bag(tmp_path / backend / "h5_files/top.h5").attributes["recipe"])["backend"]
+            == backend
+        )
+    # Another library is another recipe; the automatic choice is content with what is there.
+    with pytest.raises(ConfigError, match="top .backend tiffslide -> openslide.*--redo"):
+        extract_all(extraction(only, backend="openslide", output=tmp_path / "tiffslide"))
+    for backend in ("tiffslide", "auto"):
+        assert extract_all(extraction(only, backend=backend, output=tmp_path / "tiffslide")) == [record]
     first, second = (read_bag(tmp_path / name / "h5_files/top.h5") for name in ("openslide", "tiffslide"))
     assert torch.equal(first.coords, second.coords)
     assert (first.features - second.features).abs().max() < 1e-5
