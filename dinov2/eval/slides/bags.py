@@ -1,10 +1,12 @@
 """Bags: the features of the tiles of one slide, in the files that CLAM, TRIDENT and this project write."""
 
+import json
 import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ COORDINATE_FOLDERS = ("patches",)
 # Where the two formats of one extraction lie, side by side.
 HDF5_FOLDER, TORCH_FOLDER = "h5_files", "pt_files"
 _BLOCK = 65_536  # rows that are looked at in one go
+_HDF5_ERRORS = (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError)
+_TORCH_ERRORS = (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,64 @@ class Bag:
 
     def __len__(self) -> int:
         return len(self.features)
+
+
+@dataclass(frozen=True)
+class BagFacts:
+    """What is known of a bag before its features are read: N tiles of D numbers, and :func:`encoder_of`."""
+
+    tiles: int
+    width: int
+    encoder: str = ""
+
+
+def encoder_of(attributes: Mapping[str, Any]) -> str:
+    """Return what made the features of a bag, by its attributes; empty where they do not say.
+
+    It is the name of the encoder. Where the recipe of our extraction is there, the tokens that were pooled
+    follow, which change features and not their width.
+    """
+    name = str(attributes.get("encoder") or "")
+    try:
+        pool = json.loads(attributes["recipe"])["encoder"]["pool"]
+    except (KeyError, TypeError, ValueError):  # the bag of another program
+        return name
+    return f"{name} ({pool})" if name else ""
+
+
+def look_at_bag(path: Path) -> BagFacts:
+    """Return the facts of a bag, without reading its features where that is possible.
+
+    Raises:
+        ConfigError: h5py is missing.
+        DatasetError: see :func:`read_bag`.
+    """
+    hdf5 = path.suffix.lower() in HDF5_SUFFIXES
+    try:
+        shape, encoder = _hdf5_facts(path) if hdf5 else (_torch_shape(path), "")
+    except (*_HDF5_ERRORS, *_TORCH_ERRORS):
+        shape, encoder = (), ""
+    if len(shape) == 3 and shape[0] == 1:
+        shape = shape[1:]
+    if len(shape) != 2 or not all(shape):
+        # Files of another kind are read as a whole; what is none is told in a sentence.
+        shape = tuple(read_bag(path).features.shape)
+    return BagFacts(*shape, encoder)
+
+
+def _hdf5_facts(path: Path) -> tuple[tuple[int, ...], str]:
+    with _h5py().File(path, "r") as file:
+        name = next((name for name in FEATURES if name in file), None)
+        if name is None:
+            return (), ""
+        return tuple(file[name].shape), encoder_of(_plain(file.attrs) | _plain(file[name].attrs))
+
+
+def _torch_shape(path: Path) -> tuple[int, ...]:
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if isinstance(content, Mapping):
+        content = next((content[name] for name in FEATURES if name in content), None)
+    return tuple(content.shape) if isinstance(content, Tensor) else ()
 
 
 def read_bag(path: str | Path, *, dtype: torch.dtype | None = None) -> Bag:
@@ -121,11 +183,16 @@ def _twin(path: Path) -> Path | None:
     return path.parent.parent / HDF5_FOLDER / f"{path.stem}{HDF5_SUFFIXES[0]}"
 
 
-def _read_hdf5(path: Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+def _h5py() -> ModuleType:
     try:
         import h5py
     except ImportError as error:
         raise ConfigError("reading HDF5 bags needs the package h5py: pip install -e '.[slides]'") from error
+    return h5py
+
+
+def _read_hdf5(path: Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    h5py = _h5py()
     try:
         with h5py.File(path, "r") as file:
             name = next((name for name in FEATURES if name in file), None)
@@ -140,7 +207,7 @@ def _read_hdf5(path: Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
                 coords = torch.from_numpy(file[COORDS][()].astype(np.int64))
                 # Those of the coordinates are the ones that other programs document.
                 attributes |= _plain(file[COORDS].attrs)
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except _HDF5_ERRORS as error:
         if isinstance(error, DatasetError):
             raise
         raise DatasetError(f'the bag "{path}" cannot be read ({error}): extract the slide again') from error
@@ -160,7 +227,7 @@ def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
 def _read_torch(path: Path) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except _TORCH_ERRORS as error:
         reason = str(error).split("\n")[0]
         raise DatasetError(f'the bag "{path}" cannot be read ({reason}): extract the slide again') from error
     coords = None

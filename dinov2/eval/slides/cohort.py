@@ -5,17 +5,18 @@ What is wrong with the tables and bags is gathered, so that all of it is said be
 
 import csv
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from dinov2.data.datasets.csv_text import csv_lines
+from dinov2.data.slides.sources import SLIDE_SUFFIXES
 from dinov2.errors import ConfigError, DatasetError, nearest, some_of
-from dinov2.eval.slides.bags import FEATURES, HDF5_SUFFIXES, find_bags, read_bag
+from dinov2.eval.slides.bags import HDF5_SUFFIXES, TORCH_SUFFIX, find_bags, look_at_bag
 
 PATIENT, SLIDE = "patient", "slide"
+# What may follow the name of a slide in a table: of slides, of some that we do not read, and of bags.
+SUFFIXES = (*SLIDE_SUFFIXES, ".dcm", ".czi", ".isyntax", *HDF5_SUFFIXES, TORCH_SUFFIX)
 # More of one kind are counted, not named.
 SHOWN = 20
 
@@ -46,10 +47,17 @@ class Patient:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Patients in the order of their names, and the width D of the features of their tiles."""
+    """Patients in the order of their names, and what made the features of their tiles.
+
+    Attributes:
+        patients: in that order.
+        width: D of the features.
+        encoder: see :func:`~dinov2.eval.slides.bags.encoder_of`, empty where no bag says it.
+    """
 
     patients: tuple[Patient, ...]
     width: int
+    encoder: str = ""
 
     def classes(self) -> list[str]:
         """Return the labels that occur, in the order of the alphabet."""
@@ -86,8 +94,7 @@ def read_cohort(labels: str | Path, bags: str | Path, columns: Columns, problems
     """Return the patients of a table of labels with the bags of their slides.
 
     The table is a CSV with a line for each slide: columns for the patient, the slide and the target. A slide
-    is named as its bag, with or without a suffix such as ``.svs``. Bags that the table does not name are left
-    out.
+    is named as its bag, with or without one of ``SUFFIXES``. Bags that the table does not name are left out.
 
     Args:
         labels: the CSV.
@@ -101,6 +108,7 @@ def read_cohort(labels: str | Path, bags: str | Path, columns: Columns, problems
     rows = _read_rows(Path(labels), columns)
     found = find_bags(bags)
     labels_of, slides_of, patients_of = defaultdict(set), defaultdict(set), defaultdict(set)
+    written_of = defaultdict(set)
     for line, (patient, slide, label) in rows:
         if not patient or not slide:
             problems.add(f'lines of "{labels}" without a patient or slide', f"line {line}")
@@ -111,7 +119,7 @@ def read_cohort(labels: str | Path, bags: str | Path, columns: Columns, problems
                 f"{slide} of patient {patient} (line {line})",
             )
             continue
-        name = slide if slide in found else Path(slide).stem
+        name = slide if slide in found else _without_suffix(slide)
         if name not in found:
             problems.add(
                 f'slides without a bag in "{bags}" (extract them, or delete their lines)',
@@ -120,9 +128,16 @@ def read_cohort(labels: str | Path, bags: str | Path, columns: Columns, problems
         labels_of[patient].add(label)
         slides_of[patient].add(name)
         patients_of[name].add(patient)
+        written_of[name].add(slide)
     for slide, patients in patients_of.items():
         if len(patients) > 1:
             problems.add("slides of several patients", f"{slide} of {', '.join(sorted(patients))}")
+    for slide, names in written_of.items():
+        if len(names) > 1:
+            problems.add(
+                f'slides of "{labels}" that share a bag (give each its own, or name the slide once)',
+                f"{', '.join(sorted(names))} (bag {slide})",
+            )
     for patient, values in labels_of.items():
         if len(values) > 1:
             problems.add("patients with contradictory labels", f"{patient} ({', '.join(sorted(values))})")
@@ -132,7 +147,7 @@ def read_cohort(labels: str | Path, bags: str | Path, columns: Columns, problems
     )
     if not patients and not problems:
         raise DatasetError(f'"{labels}" names no patient: give a line for each slide below the header')
-    return Cohort(patients, _common_width([path for patient in patients for path in patient.bags], problems))
+    return Cohort(patients, *_common_facts([path for patient in patients for path in patient.bags], problems))
 
 
 def check_classes(cohort: Cohort, folds: int, problems: Problems) -> None:
@@ -152,7 +167,15 @@ def check_classes(cohort: Cohort, folds: int, problems: Problems) -> None:
 def check_external(cohort: Cohort, external: Cohort, problems: Problems) -> None:
     """Note what keeps a cohort from being a test of models that were trained on another."""
     own = {patient.name for patient in cohort.patients}
+    own_slides = {path.stem for patient in cohort.patients for path in patient.bags}
+    own_files = {path.resolve() for patient in cohort.patients for path in patient.bags}
     for patient in external.patients:
+        for path in patient.bags:
+            if path.stem in own_slides or path.resolve() in own_files:
+                problems.add(
+                    "slides of both cohorts (by name or by file; leave them out of one)",
+                    f"{path.stem} of external patient {patient.name}",
+                )
         if patient.name in own:
             problems.add("patients of both cohorts", patient.name)
         if patient.label not in cohort.classes():
@@ -162,6 +185,8 @@ def check_external(cohort: Cohort, external: Cohort, problems: Problems) -> None
             )
     if cohort.width and external.width and cohort.width != external.width:
         problems.add("the cohorts have features of two widths", f"{cohort.width} and {external.width}")
+    if cohort.encoder and external.encoder and cohort.encoder != external.encoder:
+        problems.add("the cohorts have features of two encoders", f"{cohort.encoder} and {external.encoder}")
 
 
 def in_class_order(classes: Sequence[str], positive: str | None) -> list[str]:
@@ -183,43 +208,34 @@ def in_class_order(classes: Sequence[str], positive: str | None) -> list[str]:
     return [name for name in classes if name != positive] + [positive]
 
 
-def bag_shape(path: Path) -> tuple[int, int]:
-    """Return the number of tiles and the width of a bag, without reading its features where that is possible.
-
-    Raises:
-        DatasetError: see :func:`~dinov2.eval.slides.bags.read_bag`.
-    """
-    shape: Iterable[int] = ()
-    try:
-        if path.suffix.lower() in HDF5_SUFFIXES:
-            import h5py
-
-            with h5py.File(path, "r") as file:
-                shape = next((file[name].shape for name in FEATURES if name in file), ())
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            shape = content.shape if isinstance(content, torch.Tensor) else content["features"].shape
-    except Exception:  # whatever it is, the reader says it in a sentence
-        shape = ()
-    shape = tuple(shape)[-2:]
-    return shape if len(shape) == 2 and all(shape) else tuple(read_bag(path).features.shape)
-
-
-def _common_width(paths: Sequence[Path], problems: Problems) -> int:
-    """Return the width of the features of all bags, 0 without bags; others than that of most are noted."""
+def _common_facts(paths: Sequence[Path], problems: Problems) -> tuple[int, str]:
+    """Return the width and the encoder that most bags have, 0 and empty without any; others are noted."""
     of_width: dict[int, list[Path]] = defaultdict(list)
+    of_encoder: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
         try:
-            of_width[bag_shape(path)[1]].append(path)
+            facts = look_at_bag(path)
         except DatasetError as error:
             problems.add("bags that cannot be read", str(error))
-    if not of_width:
-        return 0
-    width = max(of_width, key=lambda width: len(of_width[width]))
+            continue
+        of_width[facts.width].append(path)
+        if facts.encoder:
+            of_encoder[facts.encoder].append(path)
+    width = max(of_width, key=lambda width: len(of_width[width]), default=0)
+    encoder = max(of_encoder, key=lambda encoder: len(of_encoder[encoder]), default="")
     for other in sorted(set(of_width) - {width}):
         for path in of_width[other]:
             problems.add(f"bags of another width than the {width} of most", f"{path.stem} ({other})")
-    return width
+    for other in sorted(set(of_encoder) - {encoder}):
+        for path in of_encoder[other]:
+            problems.add(f"bags of another encoder than the {encoder} of most", f"{path.stem} ({other})")
+    return width, encoder
+
+
+def _without_suffix(slide: str) -> str:
+    """Return the name of a slide; a dot within it, as in ``S1.2``, starts no suffix."""
+    path = Path(slide)
+    return path.stem if path.suffix.lower() in SUFFIXES else path.name
 
 
 def _read_rows(path: Path, columns: Columns) -> list[tuple[int, tuple[str, str, str]]]:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from dinov2 import distributed
 from dinov2.data.datasets.arrays import remove_leftovers, writing
 from dinov2.data.loader_errors import WatchedLoader
+from dinov2.data.slides.backends import AUTO
 from dinov2.data.slides.output_folder import OutputFolder
 from dinov2.data.slides.plan import TilePlan, reading_order
 from dinov2.data.slides.reader import Slide
@@ -205,6 +206,9 @@ def _changes(record: dict, entry: SlideEntry, run: Extraction) -> list[str]:
     changes = differences(record.get("recipe") or {}, run.recipe)
     if record.get("mpp_source") == ASSUMED and record.get("slide_mpp") != run.order.assumed_mpp:
         changes.append(f"assumed mpp {record.get('slide_mpp')} -> {run.order.assumed_mpp}")
+    # The automatic choice takes what is there; two libraries do not give the same pixels to the last bit.
+    if run.order.backend != AUTO and record.get("backend") != run.order.backend:
+        changes.append(f"backend {record.get('backend')} -> {run.order.backend}")
     return changes + source_changes(record.get("source") or {}, entry, source)
 
 
@@ -226,18 +230,11 @@ def _extract(run: Extraction, entries: Sequence[SlideEntry]) -> Iterator[dict]:
             **record,
             "seconds": round(time.monotonic() - begin, 2),
             "recipe": run.recipe,
-            **_source_of(entry, run),
+            **({"source": scouted.source} if scouted.source else {}),
             **stamp(entry),
         }
         run.output.write_record(record)
         yield record
-
-
-def _source_of(entry: SlideEntry, run: Extraction) -> dict:
-    try:
-        return {"source": wanted_record(entry, run.order.recipe)["source"]}
-    except UserError:
-        return {}
 
 
 def _features_of(
@@ -329,7 +326,7 @@ def _publish(run: Extraction, entry: SlideEntry, scouted: Scouted, values: np.nd
                 scouted.plan.corners,
                 attributes=scouted.attributes,
                 encoder=run.encoder.name,
-                recipe={**run.recipe, **_source_of(entry, run)},
+                recipe={**run.recipe, "backend": scouted.facts["backend"], "source": scouted.source},
             )
         run.output.publish(made, name, [*bag_names(name, BOTH), page_name(name)])
 

@@ -63,6 +63,16 @@ def _with_validation(cohort: Cohort, number: int, test: Sequence[Patient], seed:
     return Fold(*(tuple(sorted(patient.name for patient in part)) for part in (train, val, test)))
 
 
+def check_made(folds: Sequence[Fold], problems: Problems) -> None:
+    """Note folds of :func:`make_folds` without a patient to validate: all classes are tiny then."""
+    for number, fold in enumerate(folds):
+        if not fold.val:
+            problems.add(
+                "folds in which no patient is left to validate (one class of 4 patients is enough: add some)",
+                f"fold {number}",
+            )
+
+
 def _by_class(patients: Sequence[Patient]) -> dict[str, list[Patient]]:
     classes = defaultdict(list)
     for patient in patients:

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from dinov2 import cli
 from dinov2.data.slides.reader import Slide, open_slide
 from dinov2.errors import ConfigError, DatasetError, OutputError
-from dinov2.eval.slides.bags import Bag, read_bag
+from dinov2.eval.slides.bags import Bag, encoder_of, read_bag
 from dinov2.eval.slides.models import TrainedAggregator, load_model
 
 logger = logging.getLogger("dinov2")
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     with ExitStack() as stack:
         slide = stack.enter_context(open_slide(args.slide, mpp=args.assume_mpp)) if args.slide else None
         if slide is not None:
-            check_inside(corners, slide)
+            check_slide(bag, slide)
         pictures = {f"{bag.name}_attention.png": draw_overlay(corners, side, ranks, slide)}
         if slide is not None:
             pictures[f"{bag.name}_tiles.png"] = draw_tiles(corners, side, attention, slide)
@@ -83,12 +83,18 @@ def attention_of(trained: TrainedAggregator, bag: Bag) -> np.ndarray:
 
     Raises:
         ConfigError: the aggregator gives none.
-        DatasetError: the bag has no coordinates, or features of another width than the model's.
+        DatasetError: the bag has no coordinates, or features of another width or encoder than the model's.
     """
     if bag.features.shape[1] != trained.width:
         raise DatasetError(
             f'the bag "{bag.name}" has features of the width {bag.features.shape[1]}, the model takes '
             f"{trained.width}: extract the slide with the backbone of the training bags"
+        )
+    encoder = encoder_of(bag.attributes)
+    if encoder and trained.encoder and encoder != trained.encoder:
+        raise DatasetError(
+            f'the bag "{bag.name}" has features of the encoder {encoder}, the model takes those of '
+            f"{trained.encoder}: extract the slide with the backbone of the training bags"
         )
     if bag.coords is None:
         raise DatasetError(
@@ -117,12 +123,19 @@ def side_of_tile(bag: Bag, given: int | None) -> int:
     return int(side)
 
 
-def check_inside(corners: np.ndarray, slide: Slide) -> None:
-    """Stop at tiles (N, 2) that start outside a slide: it is another one.
+def check_slide(bag: Bag, slide: Slide) -> None:
+    """Stop at a slide that is not the bag's: of another size than the bag says, or with tiles outside it.
 
     Raises:
-        DatasetError: there are such tiles.
+        DatasetError: it is another one.
     """
+    of_bag = tuple(bag.attributes.get(f"level0_{name}") for name in ("width", "height"))
+    if None not in of_bag and of_bag != tuple(slide.dimensions):
+        raise DatasetError(
+            f'the bag "{bag.name}" is of a slide of {of_bag[0]} x {of_bag[1]} px, "{slide.path}" has '
+            f"{slide.dimensions[0]} x {slide.dimensions[1]} px: give the slide of this bag"
+        )
+    corners = bag.coords.numpy()
     outside = ((corners < 0) | (corners >= np.array(slide.dimensions))).any(axis=1)
     if outside.any():
         x, y = corners[outside.argmax()]

@@ -21,6 +21,7 @@ class TrainedAggregator:
         width: D of the features.
         classes: names, in order; of two the second is the positive one, and there is one output.
         target: what was learned.
+        encoder: what made the features, see :func:`~dinov2.eval.slides.bags.encoder_of`; empty if not known.
     """
 
     model: nn.Module
@@ -28,18 +29,32 @@ class TrainedAggregator:
     width: int
     classes: list[str]
     target: str
+    encoder: str = ""
 
 
 def save_model(
-    path: Path, model: nn.Module, aggregator: str, width: int, classes: list[str], target: str
+    path: Path,
+    model: nn.Module,
+    aggregator: str,
+    width: int,
+    classes: list[str],
+    target: str,
+    encoder: str = "",
 ) -> None:
-    """Write a trained aggregator for :func:`load_model`.
+    """Write a trained aggregator for :func:`load_model`; arguments as of :class:`TrainedAggregator`.
 
     Raises:
         OutputError: the file cannot be written.
     """
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    content = {"aggregator": aggregator, "width": width, "classes": classes, "target": target, "model": state}
+    content = {
+        "aggregator": aggregator,
+        "width": width,
+        "classes": classes,
+        "target": target,
+        "encoder": encoder,
+        "model": state,
+    }
     aside = path.with_suffix(".tmp")
     try:
         torch.save(content, aside)
@@ -62,7 +77,11 @@ def load_model(path: str | Path) -> TrainedAggregator:
         outputs = 1 if len(classes) == 2 else len(classes)
         model = recipe_of(content["aggregator"]).build(width, outputs)
         model.load_state_dict(content["model"])
-        named = TrainedAggregator(model.eval(), content["aggregator"], width, classes, content["target"])
+        # Older files do not name the encoder.
+        encoder = content.get("encoder", "")
+        named = TrainedAggregator(
+            model.eval(), content["aggregator"], width, classes, content["target"], encoder
+        )
     except (
         OSError,
         EOFError,

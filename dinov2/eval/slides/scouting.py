@@ -5,7 +5,7 @@ import multiprocessing
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from dinov2.data.slides.plan import TilePlan, draw_tiles
 from dinov2.data.slides.reader import Slide, open_slide
 from dinov2.data.slides.recipe import TilingRecipe
 from dinov2.data.slides.slide_list import SlideEntry
-from dinov2.data.slides.tiling import draw_page, facts_of, survey
+from dinov2.data.slides.tiling import draw_page, facts_of, survey, wanted_record
 from dinov2.data.workers import leave_signals_to_the_trainer
 from dinov2.errors import UserError
 
@@ -46,6 +46,7 @@ class Scouted:
         attributes: of the coordinates, by the names of TRIDENT and ours about resolution.
         page: the page to judge it by, a PNG file.
         failure: why it can not be used, empty if it can.
+        source: size, time and more of its files, taken before any of them was read; empty if there is none.
     """
 
     slide: Slide | None = None
@@ -54,14 +55,18 @@ class Scouted:
     attributes: dict[str, Any] = field(default_factory=dict)
     page: bytes = b""
     failure: str = ""
+    source: dict[str, Any] = field(default_factory=dict)
 
 
 def scout(entry: SlideEntry, order: ScoutingOrder) -> Scouted:
     """Look at a slide; what is wrong with it is told in the result."""
+    source: dict[str, Any] = {}
     try:
-        return _scouted(entry, order)
+        # A file that is replaced while it is read then counts as changed at the next run.
+        source = wanted_record(entry, order.recipe)["source"]
+        return replace(_scouted(entry, order), source=source)
     except Exception as error:  # what a damaged slide makes of the libraries below is not known
-        return Scouted(failure=reason_of(error))
+        return Scouted(failure=reason_of(error), source=source)
 
 
 def reason_of(error: Exception) -> str:

@@ -47,7 +47,7 @@ from dinov2.eval.slides.fitting import (
     patient_logits,
     probabilities,
 )
-from dinov2.eval.slides.folds import Fold, make_folds, read_folds, write_folds
+from dinov2.eval.slides.folds import Fold, check_made, make_folds, read_folds, write_folds
 from dinov2.eval.slides.models import save_model
 from dinov2.eval.slides.precision import average_precision, bootstrap_average_precision
 from dinov2.utils.config import default_setup
@@ -180,6 +180,8 @@ def open_study(args: argparse.Namespace) -> Study:
     problems.stop()
     if args.folds_file is None:
         folds = make_folds(cohort, args.folds, args.seed)
+        check_made(folds, problems)
+        problems.stop()
     return Study(cohort, external, in_class_order(cohort.classes(), args.positive), folds)
 
 
@@ -215,6 +217,7 @@ def run_study(
             study.cohort.width,
             study.classes,
             args.target,
+            study.cohort.encoder,
         )
         found = probabilities(patient_logits(model, test, study.classes, reading))
         pooled += zip(test, found, strict=True)
@@ -301,6 +304,7 @@ def _head(
         "target": args.target,
         "aggregator": aggregator,
         "feature_width": study.cohort.width,
+        "encoder": study.cohort.encoder,
         "patients": len(study.cohort.patients),
         "slides": sum(len(patient.bags) for patient in study.cohort.patients),
         "bags": args.bags,

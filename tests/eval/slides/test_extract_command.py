@@ -57,7 +57,7 @@ def test_the_command_writes_bags_lists_and_a_last_line(command, slides, tmp_path
     with (tmp_path / "bags/skipped.csv").open() as file:
         skipped = {row["slide"]: (row["status"], row["reason"]) for row in csv.DictReader(file)}
     assert skipped["middle"] == ("skipped", "process is 0")
-    assert skipped["missing"][0] == "failed" and "there is no slide file" in skipped["missing"][1]
+    assert skipped["missing"][0] == "failed" and 'missing.svs" is missing' in skipped["missing"][1]
     with (tmp_path / "bags/summary.csv").open() as file:
         assert {row["slide"]: row["status"] for row in csv.DictReader(file)} == {
             "top": "done",

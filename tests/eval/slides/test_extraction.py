@@ -206,6 +206,27 @@ def test_another_recipe_is_refused_by_name_and_done_on_demand(extraction, slides
         extract_all(other)
 
 
+def test_a_slide_that_changes_while_it_is_read_counts_as_changed(extraction, slides, tmp_path, monkeypatch):
+    path = tmp_path / "top.tiff"
+    path.write_bytes((slides / "top.tiff").read_bytes())
+    os.utime(path, (0, 0))
+    run = extraction([entry(path)], recipe=TilingRecipe(max_tiles=2))
+    whole = scouting._scouted
+
+    def touching(slide, order):
+        found = whole(slide, order)
+        os.utime(path, (100_000, 100_000))
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scouting, "_scouted", touching)
+        extract_all(run)
+    with h5py.File(tmp_path / "bags/h5_files/top.h5") as file:
+        assert json.loads(file.attrs["recipe"])["source"]["modified"].startswith("1970-01-01")
+    with pytest.raises(ConfigError, match="slide modified 1970-01-01.* -> 1970-01-02"):
+        extract_all(run)
+
+
 @pytest.fixture
 def odd_slides(tmp_path, slides, pixels):
     """A good slide among slides that are none or give nothing."""
@@ -311,6 +332,15 @@ def test_tiffslide_serves_as_well(extraction, slides, tmp_path):
     for backend in ("openslide", "tiffslide"):
         record = extract_all(extraction(only, backend=backend, output=tmp_path / backend))[0]
         assert record["backend"] == backend
+        assert (
+            json.loads(read_bag(tmp_path / backend / "h5_files/top.h5").attributes["recipe"])["backend"]
+            == backend
+        )
+    # Another library is another recipe; the automatic choice is content with what is there.
+    with pytest.raises(ConfigError, match="top .backend tiffslide -> openslide.*--redo"):
+        extract_all(extraction(only, backend="openslide", output=tmp_path / "tiffslide"))
+    for backend in ("tiffslide", "auto"):
+        assert extract_all(extraction(only, backend=backend, output=tmp_path / "tiffslide")) == [record]
     first, second = (read_bag(tmp_path / name / "h5_files/top.h5") for name in ("openslide", "tiffslide"))
     assert torch.equal(first.coords, second.coords)
     assert (first.features - second.features).abs().max() < 1e-5

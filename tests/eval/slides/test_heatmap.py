@@ -15,23 +15,27 @@ from dinov2.eval.slides.models import save_model
 SIDE = 32
 
 
-def write_bag(path, attributes=True, coords=True):
+def write_bag(path, attributes=True, coords=True, encoder=None, size=None):
     h5py = pytest.importorskip("h5py")
     corners = np.array([(x, y) for y in range(0, 128, SIDE) for x in range(0, 160, SIDE)])
     features = np.random.default_rng(0).normal(size=(len(corners), 6)).astype(np.float32)
     with h5py.File(path, "w") as file:
         file["features"] = features
+        if encoder:
+            file["features"].attrs["encoder"] = encoder
         if coords:
             file["coords"] = corners
             if attributes:
                 file["coords"].attrs["patch_size_level0"] = SIDE
+            if size:
+                file["coords"].attrs.update({"level0_width": size[0], "level0_height": size[1]})
     return torch.from_numpy(features), corners
 
 
-def write_model(path, aggregator="abmil", width=6):
+def write_model(path, aggregator="abmil", width=6, encoder=""):
     torch.manual_seed(0)
     model = recipe_of(aggregator).build(width, 1).eval()
-    save_model(path, model, aggregator, width, ["no", "yes"], "msi")
+    save_model(path, model, aggregator, width, ["no", "yes"], "msi", encoder)
     return model
 
 
@@ -122,6 +126,17 @@ def test_what_has_no_map_is_refused(tmp_path):
         run(tmp_path)
 
 
+def test_the_bag_of_another_encoder_is_refused(tmp_path):
+    write_bag(tmp_path / "s.h5", encoder="vit-ours")
+    write_model(tmp_path / "m.pt", encoder="vit-theirs")
+    with pytest.raises(DatasetError, match="of the encoder vit-ours, the model takes those of vit-theirs"):
+        run(tmp_path)
+    for bag, model in (("vit-ours", "vit-ours"), ("vit-ours", ""), (None, "vit-theirs")):
+        write_bag(tmp_path / "s.h5", encoder=bag)
+        write_model(tmp_path / "m.pt", encoder=model)
+        assert len(run(tmp_path)) == 2
+
+
 def test_another_slide_is_refused(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     write_bag(tmp_path / "s.h5")
@@ -129,3 +144,11 @@ def test_another_slide_is_refused(tmp_path):
     tifffile.imwrite(tmp_path / "s.tif", np.zeros((64, 64, 3), np.uint8), tile=(16, 16), photometric="rgb")
     with pytest.raises(DatasetError, match="lie outside"):
         run(tmp_path, "--slide", tmp_path / "s.tif", "--assume-mpp", "0.5")
+    # A larger one, in which all tiles lie.
+    larger = np.full((192, 256, 3), 200, np.uint8)
+    tifffile.imwrite(tmp_path / "s.tif", larger, tile=(16, 16), photometric="rgb", compression="zlib")
+    write_bag(tmp_path / "s.h5", size=(160, 128))
+    with pytest.raises(DatasetError, match="of a slide of 160 x 128 px, .* has 256 x 192 px"):
+        run(tmp_path, "--slide", tmp_path / "s.tif", "--assume-mpp", "0.5")
+    write_bag(tmp_path / "s.h5", size=(256, 192))
+    assert len(run(tmp_path, "--slide", tmp_path / "s.tif", "--assume-mpp", "0.5")) == 3

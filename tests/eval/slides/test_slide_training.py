@@ -12,8 +12,9 @@ from dinov2.errors import ConfigError, DatasetError
 from dinov2.eval.predictions import read_predictions
 from dinov2.eval.slides import train
 from dinov2.eval.slides.aggregators import recipe_of
-from dinov2.eval.slides.cohort import Patient
+from dinov2.eval.slides.cohort import Cohort, Columns, Patient, Problems, read_cohort
 from dinov2.eval.slides.fitting import BagReading, _BagFiles, _units
+from dinov2.eval.slides.folds import make_folds
 from dinov2.eval.slides.models import load_model
 from tests.eval.slides.planted import Planted, make, write_labels
 
@@ -158,11 +159,56 @@ def test_all_that_is_wrong_is_said_at_once_before_anything_is_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_only_suffixes_of_slides_and_bags_are_taken_off_their_names(tmp_path):
+    planted = make(tmp_path, patients=4, tiles=5, width=8)
+    slides = ("P000-0.SVS", "P001-0.h5", "P002-0", "P003-0.2")
+    write_labels(planted.labels, [(f"P{n:03d}", slide, "ab"[n % 2]) for n, slide in enumerate(slides)])
+    problems = Problems()
+    cohort = read_cohort(planted.labels, planted.bags, Columns("msi"), problems)
+    assert [[bag.stem for bag in patient.bags] for patient in cohort.patients[:3]] == [
+        ["P000-0"],
+        ["P001-0"],
+        ["P002-0"],
+    ]
+    with pytest.raises(DatasetError, match="without a bag .*: P003-0.2 of patient P003$"):
+        problems.stop()
+
+
+def test_two_names_of_one_bag_are_refused(tmp_path):
+    planted = make(tmp_path, patients=2, tiles=5, width=8)
+    rows = [("P000", "P000-0.svs", "a"), ("P000", "P000-0.ndpi", "a"), ("P001", "P001-0", "b")]
+    write_labels(planted.labels, rows)
+    problems = Problems()
+    read_cohort(planted.labels, planted.bags, Columns("msi"), problems)
+    with pytest.raises(DatasetError, match=r"share a bag .*: P000-0.ndpi, P000-0.svs \(bag P000-0\)$"):
+        problems.stop()
+
+
 def test_one_class_is_refused(tmp_path):
     planted = make(tmp_path, patients=4, tiles=5, width=8)
     write_labels(planted.labels, [(f"P{n:03d}", f"P{n:03d}-0", "no") for n in range(4)])
     with pytest.raises(DatasetError, match="all patients are of one class, and two are needed: no"):
         run(planted, tmp_path / "out", "--folds", "2")
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (2, 3)])
+def test_classes_too_small_to_validate_are_refused(tmp_path, counts):
+    planted = make(tmp_path, patients=sum(counts), tiles=5, width=8)
+    labels = [label for label, count in zip("ab", counts, strict=True) for _ in range(count)]
+    write_labels(planted.labels, [(f"P{n:03d}", f"P{n:03d}-0", label) for n, label in enumerate(labels)])
+    with pytest.raises(DatasetError, match="no patient is left to validate .* fold 0"):
+        run(planted, tmp_path / "out", "--folds", "2")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("small", [2, 3])
+def test_a_class_of_four_leaves_a_patient_to_validate(small):
+    patients = [
+        Patient(f"{label}{n}", label, ()) for label, count in (("a", small), ("b", 4)) for n in range(count)
+    ]
+    for count in range(2, small + 1):
+        for seed in range(5):
+            assert all(fold.val for fold in make_folds(Cohort(tuple(patients), 8), count, seed))
 
 
 def test_an_external_cohort_that_is_no_test_is_refused(tmp_path):
@@ -174,6 +220,61 @@ def test_an_external_cohort_that_is_no_test_is_refused(tmp_path):
         run(planted, tmp_path / "out", "--folds", "2", *cohort)
     for part in ("patients of both cohorts: P000", "Q (maybe)", "two widths: 8 and 9"):
         assert part in str(caught.value)
+
+
+def test_slides_of_both_cohorts_are_refused_under_other_names_of_patients_and_files(tmp_path):
+    planted = make(tmp_path / "own", patients=8, tiles=5, width=8)
+    other = make(tmp_path / "other", patients=3, tiles=5, width=8, prefix="E")
+    (other.bags / "E000-0.pt").rename(other.bags / "P000-0.pt")
+    (other.bags / "E001-0.pt").unlink()
+    (other.bags / "E001-0.pt").symlink_to(planted.bags / "P001-0.pt")
+    write_labels(other.labels, [("A", "P000-0", "no"), ("B", "E001-0", "yes"), ("C", "E002-0", "no")])
+    with pytest.raises(DatasetError) as caught:
+        cohort = ["--external-bags", str(other.bags), "--external-labels", str(other.labels)]
+        run(planted, tmp_path / "out", "--folds", "2", *cohort)
+    assert "P000-0 of external patient A; E001-0 of external patient B" in str(caught.value)
+    assert "E002" not in str(caught.value)
+
+
+def name_encoder(planted: Planted, patient: str, encoder: str, pool: str | None = None) -> None:
+    """Turn the bag of a patient into an HDF5 file that names what made it."""
+    h5py = pytest.importorskip("h5py")
+    old = planted.bags / f"{patient}-0.pt"
+    with h5py.File(old.with_suffix(".h5"), "w") as file:
+        file["features"] = torch.load(old, weights_only=True).numpy()
+        file["features"].attrs["encoder"] = encoder
+        if pool:
+            file.attrs["recipe"] = json.dumps({"encoder": {"pool": pool}})
+    old.unlink()
+
+
+def test_features_of_two_encoders_of_one_width_are_refused(tmp_path):
+    planted = make(tmp_path / "own", patients=8, tiles=5, width=8)
+    other = make(tmp_path / "other", patients=2, tiles=5, width=8, prefix="E")
+    for patient, encoder, pool in (
+        ("P000", "ours", "cls"),
+        ("P001", "ours", "cls"),
+        ("P002", "theirs", None),
+        ("P003", "ours", "mean"),
+    ):
+        name_encoder(planted, patient, encoder, pool)
+    name_encoder(other, "E001", "theirs")
+    cohort = ["--external-bags", str(other.bags), "--external-labels", str(other.labels)]
+    with pytest.raises(DatasetError) as caught:
+        run(planted, tmp_path / "out", "--folds", "2", *cohort)
+    for part in (
+        "another encoder than the ours (cls) of most: P003-0 (ours (mean)); P002-0 (theirs)",
+        "two encoders: ours (cls) and theirs",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_model_keeps_the_name_of_its_encoder_and_bags_without_one_are_taken(tmp_path):
+    planted = make(tmp_path / "own", patients=8, tiles=5, width=8)
+    name_encoder(planted, "P001", "ours")
+    run(planted, tmp_path / "out", "--folds", "2", *QUICK, "--epochs", "1", "--aggregator", "mean")
+    assert load_model(tmp_path / "out" / "model_fold_0.pt").encoder == "ours"
+    assert summary(tmp_path / "out")["encoder"] == "ours"
 
 
 def test_a_folds_file_that_leaks_is_refused(tmp_path):
