@@ -4,6 +4,7 @@ import base64
 import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -141,8 +142,7 @@ def all_results(runs: Sequence[Run]) -> str:
 
 def _score_row(run: Run, result: Result) -> list[str]:
     scores, intervals = result.row["scores"], result.row.get("intervals", {})
-    place = result.path.parent.relative_to(run.folder)
-    where = f' <span class="note">{escape(str(place))}</span>' if place.parts else ""
+    where = _place_note(run, result.path)
     role = "" if result.role == "val" else f", {result.role}"
     spread = result.row.get("standard_deviations", {})
     cells = []
@@ -158,6 +158,12 @@ def _score_row(run: Run, result: Result) -> list[str]:
         f"{result.row['samples']:,}",
         *cells,
     ]
+
+
+def _place_note(run: Run, path: Path) -> str:
+    """Say in which folder of a run a file lies, if not in the run's own."""
+    place = path.parent.relative_to(run.folder)
+    return f' <span class="note">{escape(str(place))}</span>' if place.parts else ""
 
 
 def differences(runs: Sequence[Run]) -> str:
@@ -517,6 +523,46 @@ def roc_curve(scores: Tensor, positive: Tensor) -> tuple[list[float], list[float
     turns = across[1:] * up[:-1] != across[:-1] * up[1:]
     kept = np.concatenate([[True], turns, [True]])
     return (false[kept] / false[-1]).tolist(), (true[kept] / true[-1]).tolist()
+
+
+# Robustness
+
+
+def robustness_tables(runs: Sequence[Run]) -> str:
+    """Return how features bear changes of stain and scanner, and what they say of centres."""
+    changes, centers = [], []
+    for run in runs:
+        for found in run.robustness:
+            summary = found.summary
+            name = escape(run.name) + _place_note(run, found.path)
+            for row in summary["perturbations"]:
+                cosines = (row["mean_cosine"], summary["random_pair_cosine"], row["retrieval"])
+                change = f"{escape(str(row['perturbation']))} {row['strength']:g}"
+                cells = [number(finite(value), 3) for value in (*cosines, row.get("flips"))]
+                changes.append([name, change, f"{summary['samples']:,}", *cells])
+            if summary["centers"] is not None:
+                scores = summary["centers"]
+                cells = [
+                    with_interval(finite(scores.get(key)), scores.get(f"{key}_interval"), 3)
+                    for key in ("robustness_index", "croma_median")
+                ]
+                centers.append([name, f"{scores['centers']:,}", *cells])
+    tables = ""
+    if changes:
+        tables += table(
+            "Features of changed tiles beside those of the tiles themselves",
+            ["run", "change", "tiles", "mean cosine", "random-pair cosine", "retrieval", "votes changed"],
+            changes,
+            note="Retrieval is the share of changed tiles whose nearest original is their own.",
+        )
+    if centers:
+        tables += table(
+            "Tissue against centre, with 95 % intervals",
+            ["run", "centres", "robustness index", "median CRoMa"],
+            centers,
+            note="With an index above 0.5, tissue counts for more than the centre.",
+        )
+    return tables
 
 
 # Where the numbers come from

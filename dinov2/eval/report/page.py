@@ -127,6 +127,7 @@ def _sections(runs: Sequence[Run]) -> Iterator[tuple[str, str, str]]:
         recall
         and f'<p class="note">Whiskers are Wilson\'s 95 % intervals.</p>{recall}{charts.class_tables(runs)}',
     )
+    yield "robustness", "Robustness", charts.robustness_tables(runs)
     yield "pictures", "Pictures", charts.pictures(runs)
     yield "config", "Config", charts.config_differences(runs)
     yield "results", "All results", charts.all_results(runs)
