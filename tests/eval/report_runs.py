@@ -44,6 +44,20 @@ def write_evaluation(folder: Path, *, seed: int = 0, certainty: float = 1.0, cla
     )
 
 
+def write_slides(folder: Path, *, seed: int = 0) -> None:
+    """Rows of folds, of all of them pooled, and on other patients of their ensemble, as slides have them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = ResultTable("slides", str(folder), classes=["no", "yes"], draws=100, save_predictions=True)
+    for number, (role, last) in enumerate((("val", "pooled"), ("test", "ensemble"))):
+        for place, fold in enumerate(("fold 0", "fold 1", last)):
+            found = predictions(seed + 10 * number + place, 1.0, 2)
+            dataset = {"dataset_str": "labels.csv", "dataset": Tiles()}
+            table.add({"fold": fold}, {"top-1": 1.0}, [found], role=role, **dataset)
+            table.rows[-1]["scores"]["auprc"] = 0.5 + 0.1 * number + 0.01 * place
+            table.rows[-1]["intervals"]["auprc"] = [0.4, 0.9]
+    table.write({"target": "msi"})
+
+
 def write_training(folder: Path, *, rows: int = 1200, rate: float = 1e-3, best: bool = True) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "training_metrics.json").open("w") as file:

@@ -26,6 +26,7 @@ SUMMARY = re.compile(r"results_eval_(\w+)_summary\.json")
 # Folders of a run that hold no results and may hold many files.
 SKIPPED_FOLDERS = {"checkpoints", "features", "logs", "pictures", "tensorboard", "wandb"}
 USUAL_K = 20
+ALL_FOLDS = ("pooled", "ensemble")  # rows of slides: the test patients of all folds, the mean of all models
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Result:
     def role(self) -> str:
         """What the dataset was used for, such as ``val``."""
         return self.row["role"]
+
+    @property
+    def samples_are(self) -> str:
+        """What was judged, in words."""
+        return "patients" if self.evaluation == "slides" else "images"
 
     @property
     def setting(self) -> str:
@@ -119,7 +125,7 @@ class Run:
         """Return the one result of each evaluation and role that the page shows in detail.
 
         Of several folders, that of the chosen iteration, else the last; of several settings, that with 20
-        neighbours, else the first.
+        neighbours or of all folds together, else the first.
         """
         groups: dict[tuple[str, str], list[Result]] = {}
         for result in self.results:
@@ -131,7 +137,11 @@ class Run:
         chosen = [f for f in folders if self.best and f"training_{self.best['iteration'] - 1}" in f.parts]
         folder = (chosen or folders)[-1]
         group = [result for result in group if result.path.parent == folder]
-        usual = [result for result in group if result.row["setting"].get("k") == USUAL_K]
+        usual = [
+            result
+            for result in group
+            if result.row["setting"].get("k") == USUAL_K or result.row["setting"].get("fold") in ALL_FOLDS
+        ]
         return (usual or group)[0]
 
 
