@@ -39,6 +39,7 @@ from dinov2.eval.utils import ModelWithAutocast, extract_features
 
 logger = logging.getLogger("dinov2")
 
+NAMES = ("pca_maps", "attention_maps", "scatter", "neighbours", "hardest_errors")
 IMAGES, SAMPLES, PICTURE_SIZE, THUMBNAIL = 6, 2000, 448, 112
 
 
@@ -127,8 +128,9 @@ def draw_all(args: argparse.Namespace) -> None:
             f"{total} or fewer"
         )
     baseline = build_model_for_eval(args.config, args.baseline_weights) if args.baseline_weights else None
-    folder = PictureFolder(Path(args.output_dir) / "pictures")
+    folder = PictureFolder(Path(args.output_dir) / "pictures", NAMES)
     if distributed.is_main_process():
+        folder.clear()
         _draw_images(args, folder, shown, count, model, baseline, autocast_dtype)
     transform = make_classification_eval_transform(resize_size=args.resize_size, **args.normalisation)
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2.errors import ConfigError, DatasetError
+from dinov2.errors import ConfigError, DatasetError, OutputError
 from dinov2.eval.pictures import __main__ as command
 from dinov2.eval.pictures.attention_maps import attention_sheet, cls_attention
+from dinov2.eval.pictures.files import PictureFolder
 from dinov2.eval.pictures.neighbour_sheet import hardest_errors, neighbours
 from dinov2.eval.pictures.pca_maps import colours, fit_basis, pca_sheet, standardised, token_maps
 from dinov2.eval.pictures.scatter import apart, plane
@@ -145,11 +146,33 @@ def test_command_line(tiny_case, tmp_path):
         assert Image.open(folder / name).size > (200, 200) and caption.endswith(".")
         assert list(csv.DictReader((folder / name).with_suffix(".csv").open()))
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "hardest_errors.png").write_bytes(b"of an earlier run")
     # The baseline is the model itself: before and after are alike.
     page = np.asarray(Image.open(folder / "pca_maps.png"))
     before, after = (page[y : y + 224, 14 : 14 + 224] for y in _tops(3))
     assert np.array_equal(before, after)
     assert first == {path.name: path.read_bytes() for path in draw(tiny_case, tmp_path, *more).iterdir()}
+
+
+def test_pictures_of_an_earlier_run_go_and_those_of_others_stay(tmp_path):
+    def add(folder, name):
+        folder.add(name, Image.new("RGB", (2, 2)), [{"a": 1}], f"{name}.")
+
+    add(PictureFolder(tmp_path, ["slide"]), "slide")
+    first = PictureFolder(tmp_path, command.NAMES)
+    add(first, "neighbours")
+    add(first, "scatter")
+    again = PictureFolder(tmp_path, command.NAMES)
+    again.clear()
+    add(again, "scatter")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"captions.json", "scatter.png", "scatter.csv", "slide.png", "slide.csv"}
+    captions = {"slide.png": "slide.", "scatter.png": "scatter."}
+    assert json.loads((tmp_path / "captions.json").read_text()) == captions
+    assert again.captions == {"scatter.png": "scatter."}
+    (tmp_path / "captions.json").write_text("[")
+    with pytest.raises(OutputError, match="repair or remove it"):
+        again.clear()
 
 
 def _tops(rows):
