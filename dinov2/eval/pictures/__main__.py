@@ -276,6 +276,7 @@ def _draw_neighbours(
         query,
         other,
         "Nearest training images: green for the class of the query, red for another",
+        chosen,
     )
     folder.add(
         "neighbours",
@@ -289,7 +290,7 @@ def _draw_neighbours(
         logger.info("no image is taken for another class: there is no sheet of the hardest errors")
         return
     picture, numbers = neighbour_sheet(
-        errors, found, names, query, other, "Taken for another class with most of the votes"
+        errors, found, names, query, other, "Taken for another class with most of the votes", chosen
     )
     wrong = int((found.predicted != found.labels).sum())
     folder.add(
