@@ -51,7 +51,7 @@ class PictureFolder:
     def add(
         self, name: str, picture: Image.Image, numbers: Sequence[Mapping[str, Any]], caption: str
     ) -> None:
-        """Write ``<name>.png``, ``<name>.csv`` and the captions so far.
+        """Write ``<name>.png``, ``<name>.csv`` if there are numbers, and the captions so far.
 
         Args:
             name: One of the names of the folder.
@@ -66,10 +66,11 @@ class PictureFolder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             picture.save(self.folder / f"{name}.png", "PNG", optimize=True)
-            with (self.folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-                table = csv.DictWriter(file, list(numbers[0]))
-                table.writeheader()
-                table.writerows(numbers)
+            if numbers:
+                with (self.folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+                    table = csv.DictWriter(file, list(numbers[0]))
+                    table.writeheader()
+                    table.writerows(numbers)
             self._write_captions(others | self.captions)
         except OSError as error:
             raise self._unwritable(error) from error
