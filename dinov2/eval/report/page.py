@@ -40,7 +40,7 @@ caption .note{display:block}
 .scroll{overflow-x:auto;margin:.6rem 0 1.4rem;max-width:100%}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;font-weight:600;padding-bottom:.35rem}
-th,td{padding:.35rem .7rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
+th,td{padding:.35rem .5rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{background:var(--raised);font-weight:600}
 tbody th{font-weight:600}
 code{font:.85em ui-monospace,monospace;overflow-wrap:anywhere}
