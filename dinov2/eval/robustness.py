@@ -218,7 +218,8 @@ def read_origins(
         positions: Numbers of the samples.
 
     Raises:
-        DatasetError: The file cannot be read, lacks a column, or does not have all samples.
+        DatasetError: The file cannot be read, lacks a column or a sample, or says two things of one sample
+            or one thing of two.
     """
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
@@ -231,7 +232,14 @@ def read_origins(
             f'the centres "{path}" have {f"the columns {some_of(columns, 10)}" if columns else "no rows"}: '
             'give a CSV file with the columns "sample" and "center"'
         )
-    known = {row["sample"]: row for row in rows}
+    known: dict[str, dict] = {}
+    for row in rows:
+        earlier = known.setdefault(row["sample"], row)
+        if _origin(earlier) != _origin(row):
+            raise DatasetError(
+                f'the centres "{path}" name the sample "{row["sample"]}" twice, with {_origin(earlier)} and '
+                f"with {_origin(row)}: keep one row"
+            )
     found = [_row_of(known, name, position) for name, position in zip(names, positions, strict=True)]
     missing = [name for name, row in zip(names, found, strict=True) if row is None]
     if missing:
@@ -239,8 +247,20 @@ def read_origins(
             f'the centres "{path}" lack {len(missing)} of {len(names)} samples, such as {missing[0]}: add '
             "them, by the path of the image or the number of the sample in the dataset"
         )
+    served: dict[str, str] = {}
+    for name, row in zip(names, found, strict=True):
+        other = served.setdefault(row["sample"], name)
+        if other != name:
+            raise DatasetError(
+                f'the row "{row["sample"]}" of the centres "{path}" fits two samples, {other} and {name}: '
+                "give more of their paths"
+            )
     slides = [row["slide"] for row in found] if "slide" in columns else None
     return [row["center"] for row in found], slides
+
+
+def _origin(row: Mapping[str, str]) -> str:
+    return ", ".join(f"{key} {row[key]}" for key in ("center", "slide") if key in row)
 
 
 def _row_of(known: Mapping[str, dict], name: str, position: int) -> dict | None:

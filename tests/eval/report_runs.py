@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dinov2.eval.results import ResultTable
+from dinov2.eval.results import ResultTable, write_summary
 from dinov2.eval.scores import Predictions
 
 CLASSES = ["gland", "lymph & <stroma>", "tumour"]
@@ -44,6 +44,20 @@ def write_evaluation(folder: Path, *, seed: int = 0, certainty: float = 1.0, cla
     )
 
 
+def write_slides(folder: Path, *, seed: int = 0) -> None:
+    """Rows of folds, of all of them pooled, and on other patients of their ensemble, as slides have them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table = ResultTable("slides", str(folder), classes=["no", "yes"], draws=100, save_predictions=True)
+    for number, (role, last) in enumerate((("val", "pooled"), ("test", "ensemble"))):
+        for place, fold in enumerate(("fold 0", "fold 1", last)):
+            found = predictions(seed + 10 * number + place, 1.0, 2)
+            dataset = {"dataset_str": "labels.csv", "dataset": Tiles()}
+            table.add({"fold": fold}, {"top-1": 1.0}, [found], role=role, **dataset)
+            table.rows[-1]["scores"]["auprc"] = 0.5 + 0.1 * number + 0.01 * place
+            table.rows[-1]["intervals"]["auprc"] = [0.4, 0.9]
+    table.write({"target": "msi"})
+
+
 def write_training(folder: Path, *, rows: int = 1200, rate: float = 1e-3, best: bool = True) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "training_metrics.json").open("w") as file:
@@ -75,6 +89,17 @@ def write_training(folder: Path, *, rows: int = 1200, rate: float = 1e-3, best: 
         (folder / "best" / "best.json").write_text(json.dumps(content | {"interval": [0.7, 0.9]}))
 
 
+def write_robustness(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"perturbation": "stain", "strength": 0.1, "mean_cosine": 0.9321, "retrieval": 0.8765, "flips": None},
+        {"perturbation": "jpeg", "strength": 50, "mean_cosine": 0.7431, "retrieval": 0.6543, "flips": 0.25},
+    ]
+    centers = {"centers": 3, "robustness_index": 0.6181, "robustness_index_interval": [0.5, 0.7]}
+    summary = {"samples": 60, "random_pair_cosine": 0.1234, "perturbations": rows, "centers": centers}
+    write_summary(str(folder), "robustness", summary)
+
+
 def write_picture(folder: Path) -> None:
     (folder / "pictures").mkdir(parents=True)
     Image.new("RGB", (40, 30), (180, 90, 160)).save(folder / "pictures" / "pca.png")
@@ -89,5 +114,6 @@ def two_runs(folder: Path) -> list[Path]:
     for number, run in enumerate(runs):
         write_training(run, rate=1e-3 * (number + 1), best=number == 0)
         write_evaluation(run / "eval" / "training_399" / "knn", seed=number, certainty=1.0 + number)
+    write_robustness(runs[0] / "eval" / "training_399" / "knn")
     write_picture(runs[0])
     return runs

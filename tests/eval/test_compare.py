@@ -14,7 +14,13 @@ from dinov2.eval.paired import compare_files
 from dinov2.eval.report.charts import roc_curve, wilson
 from dinov2.eval.report.collect import collect
 from dinov2.eval.report.svg import MOST_POINTS, thinned
-from tests.eval.report_runs import two_runs, write_evaluation, write_training
+from tests.eval.report_runs import (
+    two_runs,
+    write_evaluation,
+    write_robustness,
+    write_slides,
+    write_training,
+)
 
 VOID = {"meta", "img", "br", "link"}
 
@@ -159,6 +165,39 @@ def test_one_run_needs_no_options(tmp_path):
     main(get_args_parser().parse_args([str(tmp_path / "run")]))
     text = (tmp_path / "run" / "report.html").read_text()
     assert "Run run" in text and "Paired" not in text
+
+
+def test_robustness_is_shown_beside_results_and_alone(tmp_path, case):
+    shown = {float(attributes["value"]) for attributes in Page(case[1]).all("data")}
+    assert {0.9321, 0.8765, 0.1234, 0.7431, 0.25, 0.6181} <= shown
+    write_robustness(tmp_path / "run")
+    text = Page(report(tmp_path, tmp_path / "run")).text
+    assert "stain 0.1" in text and "jpeg 50" in text and "0.500 to 0.700" in text
+    path = tmp_path / "run" / "results_eval_robustness_summary.json"
+    path.write_text('{"evaluation": "robustness", "samples": 1}')
+    with pytest.raises(DatasetError, match="'random_pair_cosine' is missing"):
+        report(tmp_path, tmp_path / "run")
+
+
+def test_slides_are_shown_by_all_folds_and_count_patients(tmp_path):
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for seed, run in enumerate(runs):
+        write_slides(run, seed=seed)
+    shown = {result.role: result.row for result in collect(runs[0], "a").shown()}
+    assert {role: row["setting"]["fold"] for role, row in shown.items()} == {
+        "val": "pooled",
+        "test": "ensemble",
+    }
+    text = report(tmp_path, *runs)
+    page = Page(text)
+    assert "AUPRC" in page.text and "images" not in page.text
+    assert "draws of patients that both runs share" in page.text
+    values = [float(attributes["value"]) for attributes in page.all("data")]
+    assert values.count(0.52) == values.count(0.62) == 4  # two runs, above and in the list of all
+
+
+def test_scores_that_no_result_has_take_no_column(case):
+    assert "AUPRC" not in case[1] and "macro Jaccard" in case[1]
 
 
 def test_the_last_line_may_be_cut_short(tmp_path):

@@ -15,8 +15,11 @@ from dinov2.eval.knn import (
     eval_knn_with_model,
     filter_train,
     get_args_parser,
+    main,
 )
 from dinov2.eval.metrics import AccuracyAveraging
+from dinov2.eval.perturbations import PERTURBATIONS
+from dinov2.eval.report.collect import collect
 from tests.conftest import load_golden_json, load_golden_tensors
 
 RUNS = load_golden_json("knn.json")["runs"]
@@ -154,3 +157,16 @@ def test_defaults_of_the_command_line():
     assert (args.gather_on_cpu, args.output_dir, args.opts) == (False, "", [])
     args = get_args_parser().parse_args(["--opts", "student.patch_size=14", "--nb_knn", "5", "7"])
     assert (args.opts, args.nb_knn) == (["student.patch_size=14"], [5, 7])
+
+
+def test_robustness_of_the_validation_dataset_beside_the_results(tiny_case, tmp_path, monkeypatch):
+    monkeypatch.setattr("dinov2.eval.robustness.PERTURBATIONS", PERTURBATIONS[1:2])  # for time
+    options = ["--config-file", tiny_case.config, "--pretrained-weights", tiny_case.weights]
+    options += ["--train-dataset", tiny_case.train, "--val-dataset", tiny_case.val, "--output-dir", tmp_path]
+    options += ["--num-workers", 0, "--bootstrap-draws", 10, "--robustness"]
+    main(get_args_parser().parse_args([str(option) for option in options]))
+    found = json.loads((tmp_path / "results_eval_robustness_summary.json").read_text())
+    assert found["dataset"] == tiny_case.val and found["samples"] == 15
+    assert found["pretrained_weights"] == str(tiny_case.weights)
+    assert [row["perturbation"] for row in found["perturbations"]] == ["stain"]
+    assert {result.evaluation for result in collect(tmp_path, "run").shown()} == {"knn"}

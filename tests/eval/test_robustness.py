@@ -146,6 +146,18 @@ def test_centres_by_path_end_and_by_number(tmp_path):
         read_origins(table, ["1"], [1])
 
 
+def test_centres_that_say_two_things_of_a_sample_or_one_of_two_are_refused(tmp_path):
+    table = tmp_path / "centers.csv"
+    table.write_text("sample,center\n1.png,x\n2.png,x\n1.png,x\n")
+    assert read_origins(table, ["/a/1.png", "/a/2.png"], [0, 1]) == (["x", "x"], None)
+    table.write_text("sample,center\n1.png,x\n2.png,x\n1.png,y\n")
+    with pytest.raises(DatasetError, match='"1.png" twice, with center x and with center y: keep one'):
+        read_origins(table, ["/a/1.png"], [0])
+    table.write_text("sample,center\n1.png,x\nb/2.png,y\n")
+    with pytest.raises(DatasetError, match='"1.png" .* fits two samples, /a/1.png and /b/1.png: give more'):
+        read_origins(table, ["/a/1.png", "/b/1.png"], [0, 1])
+
+
 def test_tcga_barcodes_name_the_centre():
     found = command.TCGA_BARCODE.search("/x/TCGA-A6-2671-01Z-00-DX1.13db/3_4.png")
     assert found[1] == "A6" and found[0] == "TCGA-A6-2671-01Z-00-DX1"

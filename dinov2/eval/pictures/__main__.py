@@ -39,6 +39,7 @@ from dinov2.eval.utils import ModelWithAutocast, extract_features
 
 logger = logging.getLogger("dinov2")
 
+NAMES = ("pca_maps", "attention_maps", "scatter", "neighbours", "hardest_errors")
 IMAGES, SAMPLES, PICTURE_SIZE, THUMBNAIL = 6, 2000, 448, 112
 
 
@@ -127,8 +128,9 @@ def draw_all(args: argparse.Namespace) -> None:
             f"{total} or fewer"
         )
     baseline = build_model_for_eval(args.config, args.baseline_weights) if args.baseline_weights else None
-    folder = PictureFolder(Path(args.output_dir) / "pictures")
+    folder = PictureFolder(Path(args.output_dir) / "pictures", NAMES)
     if distributed.is_main_process():
+        folder.clear()
         _draw_images(args, folder, shown, count, model, baseline, autocast_dtype)
     transform = make_classification_eval_transform(resize_size=args.resize_size, **args.normalisation)
 
@@ -274,6 +276,7 @@ def _draw_neighbours(
         query,
         other,
         "Nearest training images: green for the class of the query, red for another",
+        chosen,
     )
     folder.add(
         "neighbours",
@@ -287,7 +290,7 @@ def _draw_neighbours(
         logger.info("no image is taken for another class: there is no sheet of the hardest errors")
         return
     picture, numbers = neighbour_sheet(
-        errors, found, names, query, other, "Taken for another class with most of the votes"
+        errors, found, names, query, other, "Taken for another class with most of the votes", chosen
     )
     wrong = int((found.predicted != found.labels).sum())
     folder.add(

@@ -65,13 +65,15 @@ def neighbour_sheet(
     query: Callable[[int], Image.Image],
     stored: Callable[[int], Image.Image],
     title: str,
+    samples: Sequence[int],
 ) -> tuple[Image.Image, list[dict]]:
     """Draw a row per chosen query: the tile, then its nearest training tiles, framed green or red.
 
     Args:
-        chosen: Queries.
+        chosen: Queries, by row of ``found``.
         classes: Names of the classes.
         query, stored: Return the picture of a query and of a training tile.
+        samples: Number of each query in its dataset (Q,), which the sheet and the numbers name.
 
     Returns:
         The sheet, and a row of numbers per query and neighbour.
@@ -80,7 +82,7 @@ def neighbour_sheet(
     for index in chosen:
         own, predicted = int(found.labels[index]), int(found.predicted[index])
         share = f"{classes[predicted]} with {found.confidence[index]:.0%} of the votes"
-        names.append(f"{classes[own]}: image {index}, taken for {share}")
+        names.append(f"{classes[own]}: image {samples[index]}, taken for {share}")
         cells = [Cell(query(index), [classes[own], "query"])]
         for rank in range(min(SHOWN, found.rows.shape[1])):
             row, label = int(found.rows[index, rank]), int(found.neighbour_labels[index, rank])
@@ -89,7 +91,7 @@ def neighbour_sheet(
             cells.append(Cell(stored(row), lines, RIGHT if label == own else WRONG))
             numbers.append(
                 {
-                    "query": index,
+                    "query": samples[index],
                     "class": classes[own],
                     "predicted": classes[predicted],
                     "confidence": float(found.confidence[index]),

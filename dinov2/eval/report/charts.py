@@ -4,6 +4,7 @@ import base64
 import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from dinov2.errors import DatasetError
 from dinov2.eval.paired import compare_files
 from dinov2.eval.report.collect import Picture, Result, Run, finite
 from dinov2.eval.report.svg import Mark, Series, bar_chart, line_chart, number_text
-from dinov2.eval.scores import DRAWS
+from dinov2.eval.scores import DRAWS, SCORES
 
 SCORE_NAMES = {
     "balanced_accuracy": "balanced accuracy",
@@ -22,6 +23,8 @@ SCORE_NAMES = {
     "weighted_f1": "weighted F1",
     "auroc": "AUROC",
     "quadratic_kappa": "quadratic kappa",
+    "macro_jaccard": "macro Jaccard",
+    "auprc": "AUPRC",
 }
 PAIRED_SEED = 0
 NORMAL_95 = 1.959964  # the 97.5 % point of the normal distribution
@@ -116,14 +119,12 @@ def with_interval(value: float | None, ends: Sequence[Any] | None, digits: int =
 
 def headline(runs: Sequence[Run]) -> str:
     """Return the scores of the result of each run that is shown in detail."""
-    rows = [_score_row(run, result) for run in runs for result in run.shown()]
-    if not rows:
-        return ""
-    return table(
+    shown = [(run, result) for run in runs for result in run.shown()]
+    return _score_table(
         "Scores with 95 % intervals",
-        ["run", "evaluation", "setting", "images", *SCORE_NAMES.values()],
-        rows,
-        note="Of several settings, the one with 20 neighbours, else the first; all are listed further below.",
+        shown,
+        note="Of several settings, the one with 20 neighbours, else the first; of folds, the ensemble or all "
+        "of them pooled. All are listed further below.",
     )
 
 
@@ -131,22 +132,35 @@ def all_results(runs: Sequence[Run]) -> str:
     """Return the scores of every row of every summary, where there are more than the headline shows."""
     if sum(len(run.results) for run in runs) == sum(len(run.shown()) for run in runs):
         return ""
-    rows = [_score_row(run, result) for run in runs for result in run.results]
+    return _score_table("All results", [(run, result) for run in runs for result in run.results])
+
+
+def _score_table(caption: str, results: Sequence[tuple[Run, Result]], *, note: str = "") -> str:
+    """Return a row per result, a column per score that any of them has; nothing without results."""
+    if not results:
+        return ""
+    names = [name for name in SCORE_NAMES if any(name in result.row["scores"] for _, result in results)]
     return table(
-        "All results",
-        ["run", "evaluation", "setting", "images", *SCORE_NAMES.values()],
-        rows,
+        caption,
+        ["run", "evaluation", "setting", _counted([result for _, result in results])]
+        + [SCORE_NAMES[name] for name in names],
+        [_score_row(run, result, names) for run, result in results],
+        note=note,
     )
 
 
-def _score_row(run: Run, result: Result) -> list[str]:
+def _counted(results: Sequence[Result]) -> str:
+    """What the numbers of samples count, as the head of a column."""
+    return " or ".join(dict.fromkeys(result.samples_are for result in results))
+
+
+def _score_row(run: Run, result: Result, names: Sequence[str]) -> list[str]:
     scores, intervals = result.row["scores"], result.row.get("intervals", {})
-    place = result.path.parent.relative_to(run.folder)
-    where = f' <span class="note">{escape(str(place))}</span>' if place.parts else ""
+    where = _place_note(run, result.path)
     role = "" if result.role == "val" else f", {result.role}"
     spread = result.row.get("standard_deviations", {})
     cells = []
-    for name in SCORE_NAMES:
+    for name in names:
         cell = with_interval(finite(scores.get(name)), intervals.get(name))
         if finite(spread.get(name)) is not None:
             cell += f' <span class="interval">standard deviation {spread[name]:.4f}</span>'
@@ -160,12 +174,19 @@ def _score_row(run: Run, result: Result) -> list[str]:
     ]
 
 
+def _place_note(run: Run, path: Path) -> str:
+    """Say in which folder of a run a file lies, if not in the run's own."""
+    place = path.parent.relative_to(run.folder)
+    return f' <span class="note">{escape(str(place))}</span>' if place.parts else ""
+
+
 def differences(runs: Sequence[Run]) -> str:
     """Return what each run gains over the first, from draws of images that both share."""
     if len(runs) < 2:
         return ""
+    names = [name for name in SCORE_NAMES if name in SCORES]
     first = {(result.evaluation, result.role): result for result in runs[0].shown()}
-    rows = []
+    rows, compared = [], []
     for run in runs[1:]:
         for result in run.shown():
             base = first.get((result.evaluation, result.role))
@@ -173,18 +194,19 @@ def differences(runs: Sequence[Run]) -> str:
                 continue
             gains = _gains(base, result)
             cells = (
-                [f'<span class="none">{escape(gains)}</span>', *[""] * (len(SCORE_NAMES) - 1)]
+                [f'<span class="none">{escape(gains)}</span>', *[""] * (len(SCORES) - 1)]
                 if isinstance(gains, str)
-                else [_gain(gains[name]) for name in SCORE_NAMES]
+                else [_gain(gains[name]) for name in names]
             )
+            compared.append(result)
             rows.append([escape(run.name), escape(f"{result.evaluation}, {result.setting}"), *cells])
     if not rows:
         return ""
     return table(
         f"Paired difference to {runs[0].name}",
-        ["run", "evaluation", *SCORE_NAMES.values()],
+        ["run", "evaluation", *(SCORE_NAMES[name] for name in names)],
         rows,
-        note=f"With its 95 % interval, from {DRAWS} draws of images that both runs share.",
+        note=f"With its 95 % interval, from {DRAWS} draws of {_counted(compared)} that both runs share.",
     )
 
 
@@ -197,7 +219,7 @@ def _gains(base: Result, result: Result) -> dict[str, dict[str, Any]] | str:
     except DatasetError as error:
         if "same images" not in str(error) and "same samples" not in str(error):
             raise
-        return "not judged on the same images"
+        return f"not judged on the same {result.samples_are}"
 
 
 def _gain(found: dict[str, Any]) -> str:
@@ -386,8 +408,8 @@ def _confusion(run: Run, result: Result) -> str:
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(title, quote=True)}">'
         f'<table class="confusion"><caption><span class="fixed">{escape(title)}<span class="note">'
-        "Rows are true classes, columns predicted ones; images are counted, and the colour is the share of "
-        "the row.</span></span></caption>"
+        f"Rows are true classes, columns predicted ones; {result.samples_are} are counted, and the colour is "
+        "the share of the row.</span></span></caption>"
         f'<thead><tr><th scope="col">true class</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
         "</div>"
     )
@@ -419,7 +441,8 @@ def recall_charts(runs: Sequence[Run]) -> str:
             )
         support = shown[0][1].row["per_class"]["support"]
         groups = [f"{name} ({count:,})" for name, count in zip(classes, support, strict=True)]
-        title = f"Recall of each class (images): {evaluation}{'' if role == 'val' else f', {role}'}"
+        judged = evaluation if role == "val" else f"{evaluation}, {role}"
+        title = f"Recall of each class ({shown[0][1].samples_are}): {judged}"
         figures.append(
             figure(bar_chart(f"recall-{_key(evaluation)}-{_key(role)}", title, groups, series), title)
         )
@@ -449,7 +472,9 @@ def class_tables(runs: Sequence[Run]) -> str:
                 for place, name in enumerate(result.classes)
             ]
             caption = f"Classes: {run.name}, {result.evaluation}, {result.setting}"
-            tables.append(table(caption, ["class", "images", "recall", "precision", "F1", "AUROC"], rows))
+            tables.append(
+                table(caption, ["class", result.samples_are, "recall", "precision", "F1", "AUROC"], rows)
+            )
     return "".join(tables)
 
 
@@ -517,6 +542,46 @@ def roc_curve(scores: Tensor, positive: Tensor) -> tuple[list[float], list[float
     turns = across[1:] * up[:-1] != across[:-1] * up[1:]
     kept = np.concatenate([[True], turns, [True]])
     return (false[kept] / false[-1]).tolist(), (true[kept] / true[-1]).tolist()
+
+
+# Robustness
+
+
+def robustness_tables(runs: Sequence[Run]) -> str:
+    """Return how features bear changes of stain and scanner, and what they say of centres."""
+    changes, centers = [], []
+    for run in runs:
+        for found in run.robustness:
+            summary = found.summary
+            name = escape(run.name) + _place_note(run, found.path)
+            for row in summary["perturbations"]:
+                cosines = (row["mean_cosine"], summary["random_pair_cosine"], row["retrieval"])
+                change = f"{escape(str(row['perturbation']))} {row['strength']:g}"
+                cells = [number(finite(value), 3) for value in (*cosines, row.get("flips"))]
+                changes.append([name, change, f"{summary['samples']:,}", *cells])
+            if summary["centers"] is not None:
+                scores = summary["centers"]
+                cells = [
+                    with_interval(finite(scores.get(key)), scores.get(f"{key}_interval"), 3)
+                    for key in ("robustness_index", "croma_median")
+                ]
+                centers.append([name, f"{scores['centers']:,}", *cells])
+    tables = ""
+    if changes:
+        tables += table(
+            "Features of changed tiles beside those of the tiles themselves",
+            ["run", "change", "tiles", "mean cosine", "random-pair cosine", "retrieval", "votes changed"],
+            changes,
+            note="Retrieval is the share of changed tiles whose nearest original is their own.",
+        )
+    if centers:
+        tables += table(
+            "Tissue against centre, with 95 % intervals",
+            ["run", "centres", "robustness index", "median CRoMa"],
+            centers,
+            note="With an index above 0.5, tissue counts for more than the centre.",
+        )
+    return tables
 
 
 # Where the numbers come from

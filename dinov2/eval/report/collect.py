@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ SUMMARY = re.compile(r"results_eval_(\w+)_summary\.json")
 # Folders of a run that hold no results and may hold many files.
 SKIPPED_FOLDERS = {"checkpoints", "features", "logs", "pictures", "tensorboard", "wandb"}
 USUAL_K = 20
+ALL_FOLDS = ("pooled", "ensemble")  # rows of slides: the test patients of all folds, the mean of all models
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Result:
     def role(self) -> str:
         """What the dataset was used for, such as ``val``."""
         return self.row["role"]
+
+    @property
+    def samples_are(self) -> str:
+        """What was judged, in words."""
+        return "patients" if self.evaluation == "slides" else "images"
 
     @property
     def setting(self) -> str:
@@ -72,6 +78,14 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Robustness:
+    """A summary of how features bear changes of stain, scanner and centre."""
+
+    path: Path
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Picture:
     """A PNG file and its caption."""
 
@@ -91,6 +105,7 @@ class Run:
         config: Dotted key -> value as text; empty without a ``config.yaml``.
         best: The chosen iteration, its signal and why; None where nothing was chosen.
         results: Rows of evaluations, in the order of their files.
+        robustness: Summaries of robustness, in the order of their files.
         pictures: In the order of their names.
         notes: What a reader should know of the files, a sentence each.
     """
@@ -102,6 +117,7 @@ class Run:
     config: dict[str, str] = field(default_factory=dict)
     best: dict[str, Any] | None = None
     results: list[Result] = field(default_factory=list)
+    robustness: list[Robustness] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -109,7 +125,7 @@ class Run:
         """Return the one result of each evaluation and role that the page shows in detail.
 
         Of several folders, that of the chosen iteration, else the last; of several settings, that with 20
-        neighbours, else the first.
+        neighbours or of all folds together, else the first.
         """
         groups: dict[tuple[str, str], list[Result]] = {}
         for result in self.results:
@@ -121,7 +137,11 @@ class Run:
         chosen = [f for f in folders if self.best and f"training_{self.best['iteration'] - 1}" in f.parts]
         folder = (chosen or folders)[-1]
         group = [result for result in group if result.path.parent == folder]
-        usual = [result for result in group if result.row["setting"].get("k") == USUAL_K]
+        usual = [
+            result
+            for result in group
+            if result.row["setting"].get("k") == USUAL_K or result.row["setting"].get("fold") in ALL_FOLDS
+        ]
         return (usual or group)[0]
 
 
@@ -142,9 +162,12 @@ def collect(folder: str | Path, name: str) -> Run:
     for record in records:
         if not isinstance(record.get("signals"), dict):
             raise _damaged(folder / RECORDS_FILE, "a line has no signals")
-    results = list(_results(folder))
+    summaries = [(path, _json(path)) for path in _find(folder)]
+    of_robustness = [(path, content) for path, content in summaries if _is_robustness(content)]
+    results = list(_results(item for item in summaries if item not in of_robustness))
+    robustness = [_robustness(path, content) for path, content in of_robustness]
     pictures = _pictures(folder)
-    if not (training or records or results or pictures):
+    if not (training or records or results or robustness or pictures):
         raise DatasetError(
             f'"{folder}" holds nothing to show: {TRAINING_FILE}, {RECORDS_FILE}, '
             "results_eval_<evaluation>_summary.json and pictures/*.png were looked for"
@@ -157,6 +180,7 @@ def collect(folder: str | Path, name: str) -> Run:
         config=_config(folder / "config.yaml"),
         best=_best(folder / "best" / "best.json"),
         results=results,
+        robustness=robustness,
         pictures=pictures,
         notes=notes,
     )
@@ -207,9 +231,8 @@ def _by_iteration(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return [rows[iteration] for iteration in sorted(rows)]
 
 
-def _results(folder: Path) -> Iterator[Result]:
-    for path in _find(folder):
-        summary = _json(path)
+def _results(summaries: Iterable[tuple[Path, Any]]) -> Iterator[Result]:
+    for path, summary in summaries:
         try:
             rows = summary["results"]
             summary["evaluation"]
@@ -220,6 +243,22 @@ def _results(folder: Path) -> Iterator[Result]:
                     yield Result(path, summary, row)
         except (KeyError, TypeError, AttributeError) as error:
             raise _damaged(path, f"{error} is missing or of another kind") from error
+
+
+def _is_robustness(summary: Any) -> bool:
+    return isinstance(summary, dict) and summary.get("evaluation") == "robustness"
+
+
+def _robustness(path: Path, summary: dict[str, Any]) -> Robustness:
+    try:
+        summary["random_pair_cosine"], summary["samples"]
+        for row in summary["perturbations"]:
+            row["perturbation"], row["strength"], row["mean_cosine"], row["retrieval"]
+        if summary["centers"] is not None:
+            summary["centers"]["centers"], summary["centers"]["robustness_index"]
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, f"{error} is missing or of another kind") from error
+    return Robustness(path, summary)
 
 
 def _find(folder: Path) -> list[Path]:
@@ -296,7 +335,7 @@ def describe(runs: Sequence[Run]) -> str:
     parts = [
         counted(sum(len(run.training) for run in runs), "training row"),
         counted(sum(len(run.records) for run in runs), "monitor record"),
-        counted(sum(len(run.results) for run in runs), "result"),
+        counted(sum(len(run.results) + len(run.robustness) for run in runs), "result"),
         counted(sum(len(run.pictures) for run in runs), "picture"),
     ]
     return f"{counted(len(runs), 'run')}: {', '.join(parts)}"

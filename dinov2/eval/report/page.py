@@ -40,7 +40,7 @@ caption .note{display:block}
 .scroll{overflow-x:auto;margin:.6rem 0 1.4rem;max-width:100%}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;font-weight:600;padding-bottom:.35rem}
-th,td{padding:.35rem .7rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
+th,td{padding:.35rem .5rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{background:var(--raised);font-weight:600}
 tbody th{font-weight:600}
 code{font:.85em ui-monospace,monospace;overflow-wrap:anywhere}
@@ -127,6 +127,7 @@ def _sections(runs: Sequence[Run]) -> Iterator[tuple[str, str, str]]:
         recall
         and f'<p class="note">Whiskers are Wilson\'s 95 % intervals.</p>{recall}{charts.class_tables(runs)}',
     )
+    yield "robustness", "Robustness", charts.robustness_tables(runs)
     yield "pictures", "Pictures", charts.pictures(runs)
     yield "config", "Config", charts.config_differences(runs)
     yield "results", "All results", charts.all_results(runs)

@@ -1,6 +1,6 @@
 """Where an aggregator looked: the attention over a slide as a picture, and as GeoJSON for QuPath.
 
-    python -m dinov2.eval.slides.heatmap --bag BAG.h5 --model OUT/model_fold_0.pt --output-dir MAPS
+    python -m dinov2.eval.slides.heatmap --bag BAG.h5 --model OUT/model_fold_0.pt --output-dir OUT
 
 docs/slide_protocol.md describes the files. Letter: N tiles.
 """
@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from dinov2 import cli
 from dinov2.data.slides.reader import Slide, open_slide
 from dinov2.errors import ConfigError, DatasetError, OutputError
+from dinov2.eval.pictures.files import PictureFolder
 from dinov2.eval.slides.bags import Bag, encoder_of, read_bag
 from dinov2.eval.slides.models import TrainedAggregator, load_model
 
@@ -45,7 +46,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=int,
         help="Side of a tile in level-0 pixels (default: patch_size_level0 of the bag)",
     )
-    parser.add_argument("--output-dir", required=True, help="Folder for the files")
+    parser.add_argument(
+        "--output-dir", required=True, help="Files go into its folder pictures, which a report shows"
+    )
     return parser
 
 
@@ -56,23 +59,32 @@ def main(args: argparse.Namespace) -> list[Path]:
     side = side_of_tile(bag, args.tile_level0)
     corners = bag.coords.numpy()
     ranks = percentiles(attention)
-    out = Path(args.output_dir)
+    out = Path(args.output_dir) / "pictures"
     with ExitStack() as stack:
         slide = stack.enter_context(open_slide(args.slide, mpp=args.assume_mpp)) if args.slide else None
         if slide is not None:
             check_slide(bag, slide)
-        pictures = {f"{bag.name}_attention.png": draw_overlay(corners, side, ranks, slide)}
+        pictures = {f"{bag.name}_attention": draw_overlay(corners, side, ranks, slide)}
+        captions = {
+            f"{bag.name}_attention": f"Attention of {Path(args.model).name} over {bag.name}: red where it "
+            f"looks most, blue where least, by rank among {len(corners)} tiles."
+        }
         if slide is not None:
-            pictures[f"{bag.name}_tiles.png"] = draw_tiles(corners, side, attention, slide)
+            pictures[f"{bag.name}_tiles"] = draw_tiles(corners, side, attention, slide)
+            captions[f"{bag.name}_tiles"] = (
+                f"Tiles of {bag.name} with the most attention (above) and the least (below), extremes first."
+            )
     text = json.dumps(geojson(corners, side, attention, ranks))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, picture in pictures.items():
-            picture.save(out / name)
         (out / f"{bag.name}_attention.geojson").write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f'"{out}" cannot be written ({error}): choose another --output-dir') from error
-    names = [*pictures, f"{bag.name}_attention.geojson"]
+    folder = PictureFolder(out, [f"{bag.name}_{kind}" for kind in ("attention", "tiles")])
+    folder.clear()
+    for name, picture in pictures.items():
+        folder.add(name, picture, (), captions[name])
+    names = [*(f"{name}.png" for name in pictures), f"{bag.name}_attention.geojson"]
     cli.say(f"{len(corners)} tiles: {', '.join(names)} in {out}")
     return [out / name for name in names]
 

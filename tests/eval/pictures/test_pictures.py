@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2.errors import ConfigError, DatasetError
+from dinov2.errors import ConfigError, DatasetError, OutputError
 from dinov2.eval.pictures import __main__ as command
 from dinov2.eval.pictures.attention_maps import attention_sheet, cls_attention
-from dinov2.eval.pictures.neighbour_sheet import hardest_errors, neighbours
+from dinov2.eval.pictures.files import PictureFolder
+from dinov2.eval.pictures.neighbour_sheet import hardest_errors, neighbour_sheet, neighbours
 from dinov2.eval.pictures.pca_maps import colours, fit_basis, pca_sheet, standardised, token_maps
 from dinov2.eval.pictures.scatter import apart, plane
 from dinov2.layers import MemEffAttention, NestedTensorBlock
@@ -122,6 +123,20 @@ def test_hardest_errors_come_with_the_most_confident_first():
     assert hardest_errors(found) == [0, 1] and hardest_errors(found, 1) == [0]
 
 
+def test_the_sheet_names_samples_of_the_dataset(monkeypatch):
+    found = neighbours(torch.eye(2), torch.arange(2), torch.eye(2), torch.tensor([0, 1]))
+    written = []
+    monkeypatch.setattr(
+        "dinov2.eval.pictures.neighbour_sheet.sheet", lambda rows, side, title, names: written.extend(names)
+    )
+    picture = Image.new("RGB", (112, 112))
+    _, numbers = neighbour_sheet(
+        [1], found, ["a", "b"], lambda row: picture, lambda row: picture, "", samples=[40, 70]
+    )
+    assert written[0].startswith("b: image 70, taken for b")
+    assert {row["query"] for row in numbers} == {70}
+
+
 def test_choice_of_images_takes_classes_in_turn():
     labels = np.array([0] * 8 + [1] * 3 + [2])
     chosen = command.choose(labels, 12, 6, seed=0)
@@ -136,20 +151,46 @@ def draw(case, folder, *more):
     return folder / "pictures"
 
 
-def test_command_line(tiny_case, tmp_path):
+def test_command_line(tiny_case, tmp_path, monkeypatch):
     more = ["--train-dataset", tiny_case.train, "--baseline-weights", tiny_case.weights, "--images", 2]
+    more += ["--samples", 8]
     folder = draw(tiny_case, tmp_path, *more)
     captions = json.loads((folder / "captions.json").read_text())
+    queries = {int(row["query"]) for row in csv.DictReader((folder / "neighbours.csv").open())}
+    assert queries <= set(range(0, 15, 2)) and max(queries) > 7  # every other one of 15 samples, by number
     assert {"pca_maps.png", "attention_maps.png", "scatter.png", "neighbours.png"} <= set(captions)
     for name, caption in captions.items():
         assert Image.open(folder / name).size > (200, 200) and caption.endswith(".")
         assert list(csv.DictReader((folder / name).with_suffix(".csv").open()))
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "old.png").write_bytes(b"of an earlier run")
+    monkeypatch.setattr(command, "NAMES", (*command.NAMES, "old"))
     # The baseline is the model itself: before and after are alike.
     page = np.asarray(Image.open(folder / "pca_maps.png"))
     before, after = (page[y : y + 224, 14 : 14 + 224] for y in _tops(3))
     assert np.array_equal(before, after)
     assert first == {path.name: path.read_bytes() for path in draw(tiny_case, tmp_path, *more).iterdir()}
+
+
+def test_pictures_of_an_earlier_run_go_and_those_of_others_stay(tmp_path):
+    def add(folder, name):
+        folder.add(name, Image.new("RGB", (2, 2)), [{"a": 1}], f"{name}.")
+
+    add(PictureFolder(tmp_path, ["slide"]), "slide")
+    first = PictureFolder(tmp_path, command.NAMES)
+    add(first, "neighbours")
+    add(first, "scatter")
+    again = PictureFolder(tmp_path, command.NAMES)
+    again.clear()
+    add(again, "scatter")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"captions.json", "scatter.png", "scatter.csv", "slide.png", "slide.csv"}
+    captions = {"slide.png": "slide.", "scatter.png": "scatter."}
+    assert json.loads((tmp_path / "captions.json").read_text()) == captions
+    assert again.captions == {"scatter.png": "scatter."}
+    (tmp_path / "captions.json").write_text("[")
+    with pytest.raises(OutputError, match="repair or remove it"):
+        again.clear()
 
 
 def _tops(rows):

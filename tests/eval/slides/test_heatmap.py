@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from dinov2.errors import ConfigError, DatasetError
+from dinov2.eval.report.collect import collect
 from dinov2.eval.slides import heatmap
 from dinov2.eval.slides.aggregators import recipe_of
 from dinov2.eval.slides.models import save_model
@@ -82,6 +83,19 @@ def test_the_map_of_a_bag_without_its_slide(tmp_path):
     for tile, colour in ((order.argmax(), heatmap.RAMP[-1]), (order.argmin(), heatmap.RAMP[0])):
         x, y = corners[tile]
         assert (pixels[y : y + SIDE, x : x + SIDE] == colour).all()
+
+
+def test_a_report_shows_the_maps_of_several_slides(tmp_path):
+    for name in ("s", "t"):
+        write_bag(tmp_path / f"{name}.h5")
+        write_model(tmp_path / "m.pt")
+        run(tmp_path, "--bag", tmp_path / f"{name}.h5")
+    shown = collect(tmp_path / "out", "run").pictures
+    assert [picture.path.name for picture in shown] == ["s_attention.png", "t_attention.png"]
+    assert [picture.caption.split(":")[0] for picture in shown] == [
+        "Attention of m.pt over s",
+        "Attention of m.pt over t",
+    ]
 
 
 def test_the_slide_shows_through_and_gives_the_tiles(tmp_path):
