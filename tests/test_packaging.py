@@ -312,7 +312,8 @@ def test_ci_installs_what_a_bare_machine_lacks_and_then_checks_everything(machin
         "test.sh ",
         "test.sh -n 0 -m slow tests/run/test_slurm.py",
         "test.sh -n 0 -m slow tests/eval/test_report_rendered.py tests/logging/test_sinks.py",
-        "test.sh -m slow -k not stalls tests/train/test_unreadable_run.py tests/fsdp/test_deferred_reduction.py "
+        "test.sh -m slow -k not stalls tests/train/test_unreadable_run.py "
+        "tests/fsdp/test_deferred_reduction.py "
         "tests/distributed/test_distributed.py tests/eval/test_robustness.py",
         "quickstart.sh --short",
     ]
