@@ -11,14 +11,23 @@ from dinov2.eval.scores import DRAWS
 from dinov2.eval.setup import get_args_parser as get_setup_args_parser
 
 
+def make_model_parser(
+    description: str,
+    parents: Sequence[argparse.ArgumentParser] | None,
+    add_help: bool,
+) -> argparse.ArgumentParser:
+    """Return a parser of the options of :mod:`dinov2.eval.setup`."""
+    setup_parser = get_setup_args_parser(parents=list(parents or []), add_help=False)
+    return argparse.ArgumentParser(description=description, parents=[setup_parser], add_help=add_help)
+
+
 def make_parser(
     description: str,
     parents: Sequence[argparse.ArgumentParser] | None,
     add_help: bool,
 ) -> argparse.ArgumentParser:
     """Return a parser of the options of :mod:`dinov2.eval.setup` and of the two datasets."""
-    setup_parser = get_setup_args_parser(parents=list(parents or []), add_help=False)
-    parser = argparse.ArgumentParser(description=description, parents=[setup_parser], add_help=add_help)
+    parser = make_model_parser(description, parents, add_help)
     parser.add_argument(
         "--train-dataset",
         dest="train_dataset_str",

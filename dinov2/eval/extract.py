@@ -24,6 +24,7 @@ from dinov2.data.loader_errors import WatchedLoader
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.data.workers import seed_worker, worker_generator
 from dinov2.errors import ConfigError, DatasetError, WeightsError
+from dinov2.eval.cli import make_model_parser
 from dinov2.eval.data import collate_padded
 from dinov2.eval.feature_store import (
     CLS,
@@ -40,7 +41,6 @@ from dinov2.eval.feature_store import (
     transform_text,
 )
 from dinov2.eval.identity import identity_of
-from dinov2.eval.setup import get_args_parser as get_setup_args_parser
 from dinov2.eval.setup import setup_and_build_model
 from dinov2.eval.utils import ModelWithAutocast, ModelWithIntermediateLayers, autocast_context, device_of
 from dinov2.logging import MetricLogger
@@ -310,11 +310,8 @@ def get_args_parser(
     add_help: bool = True,
 ) -> argparse.ArgumentParser:
     """Return the parser of the extraction."""
-    setup_parser = get_setup_args_parser(parents=list(parents or []), add_help=False)
-    parser = argparse.ArgumentParser(
-        description=description or "Write the features of a dataset into the folder --output-dir",
-        parents=[setup_parser],
-        add_help=add_help,
+    parser = make_model_parser(
+        description or "Write the features of a dataset into the folder --output-dir", parents, add_help
     )
     parser.add_argument(
         "--dataset", dest="dataset_str", required=True, help="Dataset, such as ImageFolder:root=FOLDER"

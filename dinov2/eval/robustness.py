@@ -24,7 +24,7 @@ from dinov2 import cli
 from dinov2.data import make_dataset
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.errors import ConfigError, DatasetError, some_of
-from dinov2.eval.cli import check_draws, options_for
+from dinov2.eval.cli import check_draws, make_model_parser, options_for
 from dinov2.eval.data import label_of, sample_names
 from dinov2.eval.feature_store import transform_text
 from dinov2.eval.identity import identity_of
@@ -33,7 +33,6 @@ from dinov2.eval.perturbations import PERTURBATIONS, PerturbedDataset
 from dinov2.eval.results import SCHEMA_VERSION, SEED, write_summary
 from dinov2.eval.robustness_scores import Origins, robustness
 from dinov2.eval.scores import DRAWS, LEVEL
-from dinov2.eval.setup import get_args_parser as get_setup_args_parser
 from dinov2.eval.setup import setup_and_build_model
 from dinov2.eval.utils import ModelWithAutocast, extract_features
 
@@ -312,12 +311,7 @@ def get_args_parser(
     add_help: bool = True,
 ) -> argparse.ArgumentParser:
     """Return the parser of the robustness evaluation."""
-    setup_parser = get_setup_args_parser(parents=list(parents or []), add_help=False)
-    parser = argparse.ArgumentParser(
-        description=description or "Robustness to stain, scanner and centre",
-        parents=[setup_parser],
-        add_help=add_help,
-    )
+    parser = make_model_parser(description or "Robustness to stain, scanner and centre", parents, add_help)
     parser.add_argument("--dataset", dest="dataset_str", required=True, help="Tiles, best with labels")
     parser.add_argument(
         "--centers",

@@ -16,7 +16,7 @@ from dinov2.data.slides.preview import preview
 from dinov2.data.slides.recipe import FORMATS, TilingRecipe
 from dinov2.data.slides.slide_list import list_slides
 from dinov2.data.slides.tile_many import TilingRun, run_all
-from dinov2.data.slides.tissue import SegmentationSettings
+from dinov2.data.slides.tissue_options import add_tissue_options, tissue_settings_of
 from dinov2.errors import ConfigError, counted, some_of
 
 
@@ -26,7 +26,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     script = sys.argv[0] if typed.name == "tile_slides.py" else "python -m dinov2.data.slides.tile"
     usage = "%(prog)s --slides SLIDES --output OUTPUT [option ...]"  # not twenty lines above every mistake
     parser = argparse.ArgumentParser(prog=script, usage=usage, description=__doc__)
-    recipe, tissue = TilingRecipe(), SegmentationSettings()
+    recipe = TilingRecipe()
     parser.add_argument(
         "--slides", required=True, help="folder, pattern in quotes, file, or CSV with a column path"
     )
@@ -58,21 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--max-tiles", type=int, metavar="N", help="tiles to keep of a slide, drawn at random")
     add("--seed", type=int, default=recipe.seed, help="of that draw (default: %(default)s)")
     add("--allow-upsampling", action="store_true", help="make tiles that are finer than the slide")
-    add = parser.add_argument_group("tissue, where the list names no mask").add_argument
-    add("--tissue-mpp", type=float, default=tissue.mpp, help="um per pixel to look at (default: %(default)s)")
-    add(
-        "--min-area",
-        type=float,
-        default=tissue.min_area_um2,
-        help="smallest part, um2 (default: %(default)g)",
-    )
-    add(
-        "--max-hole",
-        type=float,
-        default=tissue.max_hole_um2,
-        help="holes to fill, um2 (default: %(default)g)",
-    )
-    add("--keep-pen", action="store_true", help="do not look for marker ink: for blue and green stains")
+    add_tissue_options(parser)
     add = parser.add_argument_group("running").add_argument
     add("--workers", type=int, default=1, help="slides in work at once (default: %(default)s)")
     add("--backend", default="auto", help="openslide, tiffslide or auto (default: %(default)s)")
@@ -88,12 +74,9 @@ def _format(name: str) -> str:
 
 def recipe_of(args: argparse.Namespace) -> TilingRecipe:
     """Return the recipe that a command line asks for."""
-    segmentation = SegmentationSettings(
-        mpp=args.tissue_mpp, min_area_um2=args.min_area, max_hole_um2=args.max_hole, pen=not args.keep_pen
-    )
     names = "mpp size overlap min_tissue edges format quality coords_only near_duplicates max_tiles seed"
     choices = {name: getattr(args, name) for name in [*names.split(), "allow_upsampling"]}
-    return TilingRecipe(**choices, segmentation=segmentation)
+    return TilingRecipe(**choices, segmentation=tissue_settings_of(args))
 
 
 def main(arguments: list[str] | None = None) -> None:

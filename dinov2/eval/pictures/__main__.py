@@ -21,6 +21,7 @@ from dinov2 import cli, distributed
 from dinov2.data import make_dataset
 from dinov2.data.transforms import MaybeToTensor, make_classification_eval_transform, make_normalize_transform
 from dinov2.errors import ConfigError, DatasetError
+from dinov2.eval.cli import make_model_parser
 from dinov2.eval.data import check_same_classes, label_of, make_labelled_dataset, sample_names
 from dinov2.eval.pictures.attention_maps import attention_sheet, cls_attention
 from dinov2.eval.pictures.files import PictureFolder
@@ -34,7 +35,6 @@ from dinov2.eval.pictures.neighbour_sheet import (
 from dinov2.eval.pictures.pca_maps import pca_sheet, token_maps
 from dinov2.eval.pictures.scatter import plane, scatter
 from dinov2.eval.setup import build_model_for_eval, setup_and_build_model
-from dinov2.eval.setup import get_args_parser as get_setup_args_parser
 from dinov2.eval.utils import ModelWithAutocast, extract_features
 
 logger = logging.getLogger("dinov2")
@@ -312,11 +312,8 @@ def get_args_parser(
     add_help: bool = True,
 ) -> argparse.ArgumentParser:
     """Return the parser of the pictures."""
-    setup_parser = get_setup_args_parser(parents=list(parents or []), add_help=False)
-    parser = argparse.ArgumentParser(
-        description=description or "Draw pictures of a backbone's features into --output-dir/pictures",
-        parents=[setup_parser],
-        add_help=add_help,
+    parser = make_model_parser(
+        description or "Draw pictures of a backbone's features into --output-dir/pictures", parents, add_help
     )
     parser.add_argument(
         "--dataset", dest="dataset_str", required=True, help="Images, such as ImageFolder:root=FOLDER"

@@ -37,8 +37,8 @@ class Aggregated(NamedTuple):
     attention: Tensor | None
 
 
-class MeanPooling(nn.Module):
-    """A linear classifier on the mean of the features.
+class _Pooling(nn.Module):
+    """A linear classifier on pooled features.
 
     Args:
         width: D.
@@ -49,26 +49,29 @@ class MeanPooling(nn.Module):
         super().__init__()
         self.classifier = nn.Linear(width, outputs)
 
-    def forward(self, features: Tensor) -> Aggregated:
-        """Return the logits of a bag (N, D); all tiles count alike."""
-        return Aggregated(self.classifier(features.mean(dim=0)), None)
-
-
-class MaxPooling(nn.Module):
-    """A linear classifier on the largest value of each feature over the tiles.
-
-    Args:
-        width: D.
-        outputs: O.
-    """
-
-    def __init__(self, width: int, outputs: int = 1) -> None:
-        super().__init__()
-        self.classifier = nn.Linear(width, outputs)
+    def pool(self, features: Tensor) -> Tensor:
+        """Return (D,) of a bag (N, D)."""
+        raise NotImplementedError
 
     def forward(self, features: Tensor) -> Aggregated:
-        """Return the logits of a bag (N, D); each feature comes from a tile of its own."""
-        return Aggregated(self.classifier(features.amax(dim=0)), None)
+        """Return the logits of a bag (N, D); tiles have no weights of their own."""
+        return Aggregated(self.classifier(self.pool(features)), None)
+
+
+class MeanPooling(_Pooling):
+    """A linear classifier on the mean of the features: all tiles count alike."""
+
+    def pool(self, features: Tensor) -> Tensor:
+        """See the base class."""
+        return features.mean(dim=0)
+
+
+class MaxPooling(_Pooling):
+    """A linear classifier on the largest value of each feature, which comes from a tile of its own."""
+
+    def pool(self, features: Tensor) -> Tensor:
+        """See the base class."""
+        return features.amax(dim=0)
 
 
 class GatedAttention(nn.Module):

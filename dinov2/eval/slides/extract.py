@@ -24,12 +24,12 @@ from dinov2.data.slides.grid import EDGES
 from dinov2.data.slides.output_folder import OutputFolder
 from dinov2.data.slides.recipe import TilingRecipe
 from dinov2.data.slides.slide_list import SlideEntry, list_slides
-from dinov2.data.slides.tissue import SegmentationSettings
+from dinov2.data.slides.tissue_options import add_tissue_options, tissue_settings_of
 from dinov2.data.transforms import MaybeToTensor, make_normalize_transform
 from dinov2.errors import ConfigError, counted
+from dinov2.eval.cli import make_model_parser
 from dinov2.eval.feature_store import DTYPES, on_main_process, transform_text
 from dinov2.eval.identity import identity_of
-from dinov2.eval.setup import get_args_parser as get_setup_args_parser
 from dinov2.eval.setup import setup_and_build_model
 from dinov2.eval.slides.bag_files import FORMATS, check_format
 from dinov2.eval.slides.extraction import POOLS, Encoder, Extraction, extract_all
@@ -47,13 +47,12 @@ def get_args_parser(
     add_help: bool = True,
 ) -> argparse.ArgumentParser:
     """Return the parser of the extraction."""
-    setup_parser = get_setup_args_parser(parents=list(parents or []), add_help=False)
-    parser = argparse.ArgumentParser(
-        description=description or "Write a bag of tile features per slide into the folder --output-dir",
-        parents=[setup_parser],
-        add_help=add_help,
+    parser = make_model_parser(
+        description or "Write a bag of tile features per slide into the folder --output-dir",
+        parents,
+        add_help,
     )
-    recipe, tissue = TilingRecipe(), SegmentationSettings()
+    recipe = TilingRecipe()
     parser.add_argument(
         "--checkpoint",
         dest="pretrained_weights",
@@ -80,21 +79,7 @@ def get_args_parser(
     add("--max-tiles", type=int, metavar="N", help="Tiles to keep of a slide, drawn at random (default: all)")
     add("--seed", type=int, default=recipe.seed, help="Of that draw (default: %(default)s)")
     add("--assume-mpp", type=float, help="um per level-0 pixel of slides that do not say")
-    add = parser.add_argument_group("tissue, where the list names no mask").add_argument
-    add("--tissue-mpp", type=float, default=tissue.mpp, help="um per pixel to look at (default: %(default)s)")
-    add(
-        "--min-area",
-        type=float,
-        default=tissue.min_area_um2,
-        help="Smallest part, um2 (default: %(default)g)",
-    )
-    add(
-        "--max-hole",
-        type=float,
-        default=tissue.max_hole_um2,
-        help="Holes to fill, um2 (default: %(default)g)",
-    )
-    add("--keep-pen", action="store_true", help="Do not look for marker ink: for blue and green stains")
+    add_tissue_options(parser)
     add = parser.add_argument_group("features").add_argument
     add("--pool", choices=tuple(POOLS), default="cls", help="Which tokens (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="Number format on disk (default: %(default)s)")
@@ -115,12 +100,9 @@ def get_args_parser(
 
 def tiling_of(args: argparse.Namespace) -> TilingRecipe:
     """Return which tiles a command line asks for."""
-    segmentation = SegmentationSettings(
-        mpp=args.tissue_mpp, min_area_um2=args.min_area, max_hole_um2=args.max_hole, pen=not args.keep_pen
-    )
     names = ("mpp", "overlap", "min_tissue", "edges", "max_tiles", "seed")
     return TilingRecipe(
-        size=args.tile, **{name: getattr(args, name) for name in names}, segmentation=segmentation
+        size=args.tile, **{name: getattr(args, name) for name in names}, segmentation=tissue_settings_of(args)
     )
 
 

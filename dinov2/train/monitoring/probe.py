@@ -4,20 +4,18 @@ Shapes: n images, b images of a batch, D width, K prototypes. Every process runs
 as sharded networks need.
 """
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.functional import normalize
 
 from dinov2.eval import health
 from dinov2.eval.utils import all_gather_and_flatten
-from dinov2.fsdp import reshard_fsdp_model
 from dinov2.train.monitoring.images import Images
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.undisturbed import undisturbed
 
 HEAD = "dino_head"
 
@@ -29,20 +27,10 @@ def untouched(model: SSLMetaArch) -> Iterator[None]:
     Networks are sharded again, as a step leaves them. A pending update of a running centre is finished, as a
     checkpoint does; nothing is added to one.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    generators = random.getstate(), np.random.get_state()
-    devices = [model.device] if model.device.type == "cuda" else []
     model.finish_center_updates()
-    try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        reshard_fsdp_model(model)
-        random.setstate(generators[0])
-        np.random.set_state(generators[1])
-        for module, training in modes:
-            module.training = training
+    with undisturbed(model):
+        model.eval()
+        yield
 
 
 def cls_features(model: SSLMetaArch, network: str, images: Images) -> Tensor:

@@ -4,7 +4,6 @@ Shapes: B images per process, L local crops per image, N patches of a global cro
 """
 
 import hashlib
-import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -22,12 +20,12 @@ from torch.utils.data import Dataset
 from dinov2.data.data_order import DataOrder
 from dinov2.data.device_crops import finish_batch
 from dinov2.errors import DatasetError
-from dinov2.fsdp import reshard_fsdp_model
 from dinov2.fsdp.sharding import whole_copy
 from dinov2.loss.centering import CenteredLoss
 from dinov2.train.initial_weights import InitialWeights
 from dinov2.train.input import ReproducibleSamples, build_collate, build_sampler, own_streams
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.undisturbed import undisturbed
 
 IMAGES_COMPARED = 8
 IMAGES_RUN = 4  # of them are augmented and go through the networks
@@ -175,20 +173,12 @@ def counted_calls(module: nn.Module | None) -> Iterator[list[None]]:
 @contextmanager
 def unchanged(model: SSLMetaArch, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Leave random generators, modes, loss centres and learning rates as they are found; no gradients."""
-    modes = [(module, module.training) for module in model.modules()]
     centers = [(loss, _center(loss)) for loss in model.modules() if isinstance(loss, CenteredLoss)]
     rates = [(group, group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    generators = random.getstate(), np.random.get_state()
-    cuda = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+        with undisturbed(model):
             yield
     finally:
-        reshard_fsdp_model(model)
-        random.setstate(generators[0])
-        np.random.set_state(generators[1])
-        for module, training in modes:
-            module.training = training
         for loss, (center, pending) in centers:
             _restore_center(loss, center, pending)
         for group, lr, weight_decay in rates:
