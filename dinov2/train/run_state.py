@@ -28,7 +28,9 @@ def do_test(cfg: DictConfig, model: SSLMetaArch, iteration: str | int) -> None:
     Raises:
         OutputError: it cannot be written, on all processes.
     """
-    export_to(cfg, model, Path(cfg.train.output_dir) / "eval" / str(iteration))
+    folder = Path(cfg.train.output_dir) / "eval" / str(iteration)
+    export_to(cfg, model, folder)
+    logger.info("exported teacher and student to %s", folder)
 
 
 def export_to(cfg: DictConfig, model: SSLMetaArch, folder: Path) -> None:
@@ -38,7 +40,6 @@ def export_to(cfg: DictConfig, model: SSLMetaArch, folder: Path) -> None:
         model.finish_center_updates()
         centers = {name: loss.center for name, loss in model.centers().items()}
     export_networks(model.student, model.teacher, folder, centers=centers)
-    logger.info("exported teacher and student to %s", folder)
 
 
 class Restored(NamedTuple):
