@@ -31,7 +31,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 # Neither compute nor copy, though PyTorch does not call them views.
 _FREE = {"_unsafe_view", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty"}
@@ -46,6 +51,7 @@ _ONLY_WRITE = {
     "uniform_",
     "random_",
 }
+_SHAPED_LIKE = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}  # read nothing
 # Of their first argument they touch only what their result, or what is added to it, has.
 _GATHER = {"index_select", "index", "gather", "embedding"}
 _SCATTER = {"index_add_", "index_put_", "_index_put_impl_", "scatter_", "scatter_add_"}
@@ -53,6 +59,21 @@ _SIZES_FROM_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "uni
 _READS_A_VALUE = {"_local_scalar_dense", "equal", "is_nonzero"}
 _READS_VALUES = {"tolist", "numpy", "cpu", "__array__"}  # calls that reach no operator on a CPU
 _MAKES_A_TENSOR = {"tensor", "as_tensor", "new_tensor"}
+
+
+def _attention_flops(q, k, v, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _attention_backward_flops(grad_out, q, k, v, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad_out, q, k, v)
+
+
+# PyTorch's counter knows the kernels of GPUs alone.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +133,7 @@ def count(host: Iterable[Tensor] = ()) -> Iterator[Counts]:
     """
     counts = Counts()
     addresses = {tensor.untyped_storage().data_ptr() for tensor in host} - {0}
-    flops = FlopCounterMode(display=False)
+    flops = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
     with flops, _Operators(counts, addresses), _Calls(counts, addresses):
         yield counts
     counts.flops = flops.get_total_flops()
@@ -154,17 +175,17 @@ class _Operators(TorchDispatchMode):
         tensors = _tensors((args, kwargs))
         if self._waits(name, tensors, args):
             self.counts.waits.append(Event(name, where()))
-        if not (func.is_view or name in _FREE or name.startswith("profiler::")):
+        if not (func.is_view or name in _FREE or "::" in name):
             self.counts.operators[name] += 1
             moved = _moved(func, name, args, tensors, _tensors(result))
-            if func.overloadpacket in flop_registry:
+            if func.overloadpacket in flop_registry or func.overloadpacket in _CPU_ATTENTION:
                 self.counts.product_bytes += moved
             else:
                 self.counts.bytes_by_operator[name] += moved
         return result
 
     def _waits(self, name: str, tensors: list[Tensor], args: tuple) -> bool:
-        if all(tensor.untyped_storage().data_ptr() in self.host for tensor in tensors):
+        if self.host and all(tensor.untyped_storage().data_ptr() in self.host for tensor in tensors):
             return False
         if name in ("index", "index_put_", "_index_put_impl_"):
             return any(index is not None and index.dtype == torch.bool for index in args[1])
@@ -184,7 +205,8 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         subject = args[0] if args and isinstance(args[0], Tensor) else None
-        on_host = subject is not None and subject.untyped_storage().data_ptr() in self.host
+        on_host = bool(self.host) and subject is not None
+        on_host = on_host and subject.untyped_storage().data_ptr() in self.host
         if name in _READS_VALUES and not on_host:
             self.counts.waits.append(Event(name, where()))
         # The literal "cpu", as in AdamW's step counters, means the host on every machine.
@@ -216,6 +238,8 @@ def _number_bytes(args: tuple, kwargs: dict[str, Any]) -> int:
 
 def _moved(func, name: str, args: tuple, inputs: list[Tensor], results: list[Tensor]) -> int:
     """Return the bytes that an operator reads and writes at least."""
+    if name in _SHAPED_LIKE:
+        return _total(results)
     if name in _GATHER:
         return 2 * _total(results) + _total(inputs[1:])
     if name in _SCATTER:

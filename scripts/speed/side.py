@@ -136,7 +136,7 @@ class Workbench:
             if (gradients := [p.grad for p in network.parameters() if p.grad is not None])
         }
         self.optimizer.zero_grad(set_to_none=True)
-        return {**{name: float(value) for name, value in values.items()}, **norms}
+        return {**{name: value.item() for name, value in values.items()}, **norms}
 
     def forward_backward(self) -> dict[str, Any]:
         """Time losses and gradients, without an update."""

@@ -6,7 +6,7 @@ are. Put in place are:
 - the parts of ``xformers.ops`` that it imports: attention over packed sequences by PyTorch's own kernel, one
   call per run of equal sequences, and indexing by ``index_select`` and ``index_add``; xFormers' fused
   cross-entropy and SwiGLU stay absent, for which the code has its own replacements;
-- ``Tensor.cuda``, which does nothing where the step runs on a CPU;
+- ``Tensor.cuda``, which leads to the CPU where the step runs there;
 - a process group of one, which its iBOT loss reduces over without asking;
 - the FSDP wrapper and its gradient scaler, which are left out: the teacher is given the student's weights,
   and its update sees the parameters as they are.
@@ -93,7 +93,7 @@ def before_import(device: torch.device) -> None:
     package.ops = ops
     sys.modules["xformers"], sys.modules["xformers.ops"] = package, ops
     if device.type == "cpu":
-        torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
+        torch.Tensor.cuda = lambda tensor, non_blocking=False: tensor.to(device, non_blocking=non_blocking)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
