@@ -37,7 +37,7 @@ from scripts.speed.summary import Growth, Median, Rung
 
 REPO = Path(__file__).resolve().parents[1]
 PART_STEPS = 3
-LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}  # relative, between two checkouts
+LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}  # relative, between two checkouts
 
 
 def get_args_parser() -> argparse.ArgumentParser:
