@@ -90,6 +90,19 @@ def step_flops(work: Workload) -> Flops:
     )
 
 
+def student_forward_flops(work: Workload) -> float:
+    """Return the FLOPs per image of the student's backbone going forward."""
+    vit, total = work.vit, 0.0
+    crops = [(NUM_GLOBAL_CROPS, work.global_pixels)]
+    crops += [(work.local_crops, work.local_pixels)] if work.local_crops else []
+    for count, pixels in crops:
+        n = vit.tokens(pixels)
+        cost = linear_flops(vit, n) + attention_flops(vit, n)
+        cost += _adapter_flops(work, n) if work.lora_rank else 0.0
+        total += count * (sum(_kept_shares(work, count)) * cost + patch_flops(vit, pixels))
+    return total
+
+
 def _kept_shares(work: Workload, crops: int) -> list[float]:
     """Return, per block, the share of the sequences of a micro-batch that its branches compute."""
     shares = []

@@ -1,5 +1,6 @@
 """Peak arithmetic of GPUs, and speeds of links, from their makers' data sheets."""
 
+import re
 from dataclasses import dataclass
 
 from dinov2.errors import ConfigError, nearest
@@ -13,6 +14,7 @@ PEAK_TFLOPS: dict[str, tuple[float, float]] = {
     "rtx4090": (165.2, 82.6),
     "h100": (989.0, 494.0),
     "h100-pcie": (756.0, 378.0),
+    "h100-nvl": (835.0, 417.0),
     "h200": (989.0, 494.0),
     "b200": (2250.0, 1125.0),
 }
@@ -34,6 +36,16 @@ FABRICS = {
     "eight-cards": Fabric(450.0, 400.0, 15e-6, 40e-6),
     "one-card": Fabric(450.0, 25.0, 15e-6, 40e-6),
 }
+
+
+def gpu_key(device_name: str) -> str:
+    """Return the name in :data:`PEAK_TFLOPS` of a GPU as its driver calls it; empty if it is not there."""
+    words = re.findall("[a-z0-9]+", device_name.lower())
+    words += [a + b for a, b in zip(words, words[1:], strict=False)]  # RTX 4090
+    for key in sorted(PEAK_TFLOPS, key=len, reverse=True):
+        if set(key.split("-")) <= set(words):
+            return key
+    return ""
 
 
 def peak_tflops(gpu: str, compute_bytes: int) -> float:

@@ -1,13 +1,23 @@
-"""Arithmetic: engineering's tables to their digits, and what PyTorch counts in real steps."""
+"""Arithmetic: engineering's tables to their digits, and what PyTorch and fvcore count in real networks."""
 
 from dataclasses import replace
 
 import pytest
+import torch
+from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
+from dinov2.layers import DINOHead
 from dinov2.layers.attention import Attention
-from dinov2.train.planning.flops import patch_flops, step_flops
-from dinov2.train.planning.workload import Workload
+from dinov2.models.vision_transformer import vit_tiny
+from dinov2.train.planning.flops import (
+    forward_flops,
+    head_flops,
+    patch_flops,
+    step_flops,
+    student_forward_flops,
+)
+from dinov2.train.planning.workload import HeadSizes, VitSizes, Workload
 from tests.train.planning.steps import SMALL, build, random_batch, resolve, workload
 
 # GFLOP per image: 2 x 224 and 8 x 98 px, patch 14, no stochastic depth, one head of 65536 prototypes.
@@ -63,6 +73,7 @@ def test_images_per_second(arch):
         (),
         ("student.drop_path_rate=0", "ibot.separate_head=true", "ibot.head_n_prototypes=512"),
         ("student.ffn_layer=swiglufused", "student.num_register_tokens=4"),
+        ("student.patch_size=16", "crops.global_crops_size=64", "crops.local_crops_size=32"),
         ("train.freeze_blocks=1",),
         ("dino.loss_weight=0", "crops.local_crops_number=0"),
     ],
@@ -84,6 +95,43 @@ def test_a_real_step_does_what_is_calculated(overrides, monkeypatch):
         crops = ((2, work.global_pixels), (work.local_crops, work.local_pixels))
         expected -= work.batch * sum(number * patch_flops(work.vit, pixels) for number, pixels in crops)
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def fvcore_flops(module, *inputs) -> float:
+    """Count with fvcore, for which a multiply-add is one, what is in the model: not the norms."""
+    analysis = FlopCountAnalysis(module, inputs)
+    analysis.unsupported_ops_warnings(False)
+    counted = analysis.by_operator()
+    return 2 * (counted.total() - counted["layer_norm"])
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+@pytest.mark.parametrize(("ffn", "registers"), [("mlp", 0), ("swiglufused", 4)])
+def test_fvcore_counts_a_forward_pass_alike(patch, ffn, registers, monkeypatch):
+    monkeypatch.setattr(Attention, "backend", "math")
+    pixels = 4 * patch
+    vit = vit_tiny(
+        patch_size=patch,
+        img_size=pixels,
+        depth=2,
+        ffn_layer=ffn,
+        num_register_tokens=registers,
+        block_chunks=0,
+    ).eval()
+    assert fvcore_flops(vit, torch.randn(1, 3, pixels, pixels)) == forward_flops(VitSizes.of(vit), pixels)
+
+
+def test_fvcore_counts_a_head_alike():
+    head = DINOHead(192, 512, hidden_dim=256, bottleneck_dim=64)
+    sizes = HeadSizes(width=192, hidden=256, bottleneck=64, layers=3, prototypes=512)
+    assert fvcore_flops(head, torch.randn(3, 192)) == 3 * head_flops(sizes)
+
+
+def test_a_third_of_the_student_is_its_forward_pass():
+    for work in (planned("vit_small", drop=0.3), planned("vit_base", patch=16)):
+        flops = step_flops(work)
+        third = (flops.student_global + flops.student_local) / 3
+        assert student_forward_flops(work) == pytest.approx(third, rel=1e-12)
 
 
 def test_recomputing_whole_blocks_costs_one_more_forward_pass():

@@ -1,0 +1,1 @@
+"""What ``scripts/bench_train.py`` is made of: counts without a clock, parts of a step, processes to time."""

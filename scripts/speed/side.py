@@ -1,0 +1,294 @@
+"""One checkout of DINOv2 or of this project in a process of its own, doing steps when it is told to.
+
+Started by :class:`scripts.speed.sides.Side` as ``python side.py REQUESTS ANSWERS SETTINGS``: two file
+descriptors, over which JSON documents go line by line, and a JSON document. ``dinov2`` is imported from the
+checkout that PYTHONPATH names first; this file and its neighbours are those of ``bench_train.py``.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+LR, WEIGHT_DECAY, MOMENTUM, TEACHER_TEMP, CLIP = 1e-5, 0.04, 0.994, 0.07, 3.0
+GEMM_SIZE = {"cpu": 1024, "cuda": 8192}  # large enough for the peak
+GEMM_SECONDS = 1.0
+
+
+class Workbench:
+    """A model, its optimizer and a batch of fixed shapes.
+
+    Args:
+        settings: ``tree`` (folder of the checkout), ``config`` (YAML file, resolved), ``device``,
+            ``threads``, ``autocast`` (a dtype's name, for code that leaves precision to FSDP), ``began``
+            (time of the monotonic clock at which the process was started).
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.began = settings["began"]
+        self.phases: dict[str, float] = {}
+        self.device = torch.device(settings["device"])
+        if settings["threads"]:
+            torch.set_num_threads(settings["threads"])
+        torch.backends.cuda.matmul.allow_tf32 = True  # as the trainer does
+        self.ours = Path(settings["tree"], "dinov2", "train", "step.py").exists()
+        if not self.ours:
+            import stand_ins
+
+            stand_ins.before_import(self.device)
+        import dinov2
+        from dinov2.train.ssl_meta_arch import SSLMetaArch
+        from dinov2.train.train import build_optimizer
+
+        if not Path(dinov2.__file__).is_relative_to(settings["tree"]):
+            raise RuntimeError(f"dinov2 was imported from {dinov2.__file__}, not from {settings['tree']}")
+        self._note("imports")
+        from dinov2.configs import dinov2_default_config
+
+        cfg = OmegaConf.merge(
+            OmegaConf.to_container(dinov2_default_config), OmegaConf.load(settings["config"])
+        )
+        self.cfg = cfg
+        torch.manual_seed(0)
+        self.resident_before = status("VmRSS")
+        self.model = SSLMetaArch(cfg).to(self.device)
+        if self.ours:
+            self.model.prepare_for_distributed_training()
+        else:
+            stand_ins.after_import(self.model)
+        self.model.train()
+        self.optimizer = build_optimizer(cfg, self.model.get_params_groups())
+        self.autocast = None if self.ours else getattr(torch, settings["autocast"])
+        self._note("networks")
+        self.batch: dict[str, Any] = {}
+
+    def _note(self, phase: str) -> None:
+        self.phases[phase] = time.monotonic() - self.began - sum(self.phases.values())
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    # What can be asked for; every answer is JSON.
+
+    def make_batch(self) -> dict[str, Any]:
+        """Draw random crops and the project's own masks."""
+        from dinov2.train.input import build_collate
+        from dinov2.utils.seeding import seed_everything
+
+        seed_everything(0)
+        crops, samples = self.cfg.crops, []
+        for _ in range(self.cfg.train.batch_size_per_gpu):
+            sizes = {
+                "global_crops": (2, crops.global_crops_size),
+                "local_crops": (crops.local_crops_number, crops.local_crops_size),
+            }
+            sample = {
+                name: list(torch.randn(number, 3, side, side).unbind())
+                for name, (number, side) in sizes.items()
+            }
+            samples.append((sample, ()))
+        self.batch = build_collate(self.cfg, self.model.precision.input_dtype)(samples)
+        if self.device.type == "cuda":
+            self.batch = {
+                name: value.pin_memory() if isinstance(value, torch.Tensor) else value
+                for name, value in self.batch.items()
+            }
+        self._note("batch")
+        return {"masked_patches": int(self.batch["n_masked_patches"])}
+
+    def write(self, path: str) -> dict[str, Any]:
+        """Write the weights of both networks and the batch."""
+        state = {"student": self.model.student.state_dict(), "teacher": self.model.teacher.state_dict()}
+        torch.save({**state, "batch": self.batch}, path)
+        return {}
+
+    def read(self, path: str) -> dict[str, Any]:
+        """Take the weights and the batch that another side has written."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self.model.student.load_state_dict(state["student"])
+        self.model.teacher.load_state_dict(state["teacher"])
+        self.batch = state["batch"]
+        return {}
+
+    def losses(self) -> dict[str, Any]:
+        """Return the losses of the batch without stochastic depth, and each network's gradient norm."""
+        blocks = [block for block in self.model.student.modules() if hasattr(block, "sample_drop_ratio")]
+        rates = [block.sample_drop_ratio for block in blocks]
+        for block in blocks:
+            block.sample_drop_ratio = 0.0
+        values = self._forward_backward()
+        for block, rate in zip(blocks, rates, strict=True):
+            block.sample_drop_ratio = rate
+        norms = {
+            f"gradient norm of {name}": float(torch.nn.utils.get_total_norm(gradients))
+            for name, network in self.model.student.items()
+            if (gradients := [p.grad for p in network.parameters() if p.grad is not None])
+        }
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**{name: value.item() for name, value in values.items()}, **norms}
+
+    def forward_backward(self) -> dict[str, Any]:
+        """Time losses and gradients, without an update."""
+        return self._timed(self._forward_backward)
+
+    def step(self) -> dict[str, Any]:
+        """Time a whole step: losses, gradients, clipping, optimizer, the teacher's update, losses read."""
+        answer = self._timed(self._step)
+        if "first step" not in self.phases:
+            self._note("first step")
+        return answer
+
+    def startup(self) -> dict[str, float]:
+        """Return the seconds of each phase up to the end of the first step."""
+        return self.phases
+
+    def parts(self, steps: int) -> dict[str, Any]:
+        """Return the median seconds of each part over instrumented steps."""
+        from parts import PARTS, PartTimer, instrument
+
+        runs = []
+        for _ in range(steps):
+            timer = PartTimer(self.synchronize)
+            with instrument(self.model, self.optimizer, timer), timer.part("other"):
+                self._step()
+            runs.append(timer.seconds)
+        middle = {part: sorted(run.get(part, 0.0) for run in runs)[len(runs) // 2] for part in PARTS}
+        return {part: seconds for part, seconds in middle.items() if seconds}
+
+    def counts(self) -> dict[str, Any]:
+        """Count a whole step."""
+        from counts import count, host_tensors
+
+        with count(host_tensors(self.batch, self.optimizer)) as counted:
+            self._step()
+        return counted.as_json()
+
+    def forget_peak(self) -> dict[str, Any]:
+        """Begin to watch the memory that is used at most."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        elif Path("/proc/self/clear_refs").exists():
+            Path("/proc/self/clear_refs").write_text("5")
+        return {}
+
+    def peak(self) -> dict[str, Any]:
+        """Return the bytes in use at most: a GPU's, or the process's above what importing had taken."""
+        if self.device.type == "cuda":
+            return {"bytes": torch.cuda.max_memory_allocated()}
+        return {"bytes": status("VmHWM") - self.resident_before}
+
+    def gemm(self) -> dict[str, Any]:
+        """Return the best FLOP/s of a large matrix product in the format of the student's backbone."""
+        dtype = self.model.precision.dtypes["student", "backbone"]
+        size = GEMM_SIZE[self.device.type]
+        one, other = (torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2))
+        best, end = float("inf"), time.perf_counter() + GEMM_SECONDS
+        while time.perf_counter() < end:
+            self.synchronize()
+            begin = time.perf_counter()
+            torch.nn.functional.linear(one, other)
+            self.synchronize()
+            best = min(best, time.perf_counter() - begin)
+        return {"flops": 2 * size**3 / best, "dtype": str(dtype).removeprefix("torch."), "size": size}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the numbers depend on."""
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+    # Below, what a step is.
+
+    def _timed(self, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        self.synchronize()
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        values = function()
+        self.synchronize()
+        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "problem": values.get("problem", "")}
+
+    def _forward_backward(self) -> dict[str, Any]:
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._precision():
+            return self.model.forward_backward(self.batch, teacher_temp=TEACHER_TEMP)
+
+    def _step(self) -> dict[str, Any]:
+        if not self.ours:
+            return self._published_step()
+        from dinov2.train.schedules import ScheduleValues
+        from dinov2.train.step import train_step
+
+        values = ScheduleValues(
+            lr=LR, weight_decay=WEIGHT_DECAY, momentum=MOMENTUM, teacher_temp=TEACHER_TEMP, last_layer_lr=LR
+        )
+        result = train_step(self.model, self.optimizer, self.batch, values, CLIP)
+        return {**result.losses, "problem": result.problem}
+
+    def _published_step(self) -> dict[str, Any]:
+        """What DINOv2's loop does between two batches, with clipping for networks that FSDP does not wrap."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = LR * group["lr_multiplier"]
+            group["weight_decay"] = WEIGHT_DECAY * group["wd_multiplier"]
+        losses = self._forward_backward()
+        for network in self.model.student.values():
+            torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP)
+        self.optimizer.step()
+        self.model.update_teacher(MOMENTUM)
+        return {name: value.item() for name, value in losses.items()}
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        dtype = self.autocast
+        if dtype in (None, torch.float32):
+            yield
+            return
+        with torch.autocast(self.device.type, dtype=dtype):
+            yield
+
+
+def status(name: str) -> int:
+    """Return a size of /proc/self/status in bytes; elsewhere than on Linux, the process's peak."""
+    file = Path("/proc/self/status")
+    if not file.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next(
+        int(line.split()[1]) * 1024 for line in file.read_text().splitlines() if line.startswith(name)
+    )
+
+
+def serve(requests: int, answers: int, settings: dict[str, Any]) -> None:
+    """Answer one request after the other until there are no more."""
+    with os.fdopen(requests) as lines, os.fdopen(answers, "w") as out:
+
+        def answer(make: Callable[[], Any]) -> Any:
+            try:
+                value, failed = make(), ""
+            except Exception as error:  # told to the process that asked, which ends this one
+                value, failed = None, f"{type(error).__name__}: {error}"
+            if not isinstance(value, Workbench):
+                out.write(json.dumps({"answer": value, "failed": failed}) + "\n")
+                out.flush()
+            return value
+
+        bench = answer(lambda: Workbench(settings))
+        if bench is None:
+            return
+        answer(bench.describe)
+        for line in lines:
+            request = json.loads(line)
+            answer(lambda request=request: getattr(bench, request["do"])(**request["with"]))
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
