@@ -6,7 +6,6 @@ the statistics are those of all of them.
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -57,13 +56,8 @@ class CenteredLoss(nn.Module):
         """
         self.apply_center_update()
         self.reduce_center_update(*chunks)
-        return [
-            Targets(*logits.shape, logits.device, partial(self._softmax_rows, logits, teacher_temp))
-            for logits in chunks
-        ]
-
-    def _softmax_rows(self, teacher_logits: Tensor, teacher_temp: float, which: slice) -> Tensor:
-        return self._softmax(teacher_logits[which], teacher_temp)
+        bias = self.center.flatten() / -teacher_temp
+        return [Targets(logits, teacher_temp, bias) for logits in chunks]
 
     @torch.no_grad()
     def _softmax(self, teacher_logits: Tensor, teacher_temp: float) -> Tensor:

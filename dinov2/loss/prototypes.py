@@ -31,6 +31,7 @@ class Term:
         count: c.
         weights: [c] float32, of each row in the total, the same for all views.
         targets: returns the float32 targets [r, K] of a slice of the c rows.
+        mass: what the targets of a row sum to.
     """
 
     start: int
@@ -38,6 +39,7 @@ class Term:
     count: int
     weights: Tensor
     targets: Callable[[slice], Tensor]
+    mass: float = 1.0
 
 
 def prototype_cross_entropy(
@@ -145,7 +147,7 @@ class _CrossEntropy(torch.autograd.Function):
             weights = torch.cat([piece.weights() for piece in block])
             _scatter(losses, spans, found)
             total += torch.dot(found, weights)
-            share = (weights / unit)[:, None]
+            share = (weights / -unit)[:, None]
             if wants_features:
                 _scatter(grad_features, spans, (scores @ matrix).float() * share)
             if wants_prototypes:
@@ -178,7 +180,7 @@ def _largest_weight(terms: Sequence[Term], like: Tensor) -> Tensor:
 
 
 def _consume(piece: _Piece, scores: Tensor) -> Tensor:
-    """Replace scores, divided by the temperature, by the gradient of their cross-entropy.
+    """Replace scores, divided by the temperature, by the negative gradient of their cross-entropy.
 
     Args:
         piece: of a term, V views of r rows.
@@ -189,17 +191,11 @@ def _consume(piece: _Piece, scores: Tensor) -> Tensor:
     """
     start, stop = piece.rows.start, piece.rows.stop
     views = scores.view(piece.term.views, stop - start, -1)
-    losses = torch.empty(views.shape[:2], device=scores.device)
+    negative = torch.empty(views.shape[:2], device=scores.device)
     for which in tiles(stop - start, scores.shape[1], scores.device):
         targets = piece.term.targets(slice(start + which.start, start + which.stop))
-        mass = targets.sum(dim=1)
-        for view, out in zip(views[:, which], losses[:, which], strict=True):
-            largest = view.amax(dim=1, keepdim=True)
-            shifted = view.sub_(largest) if view.dtype == torch.float32 else view.float().sub_(largest)
-            expected = torch.linalg.vecdot(targets, shifted)
-            sums = shifted.exp_().sum(dim=1)
-            torch.sub(mass * sums.log(), expected, out=out)
-            shifted.mul_((mass / sums)[:, None]).sub_(targets)
-            if shifted is not view:
-                view.copy_(shifted)
-    return losses.flatten()
+        for view, out in zip(views[:, which], negative[:, which], strict=True):
+            log_probs = torch.log_softmax(view, dim=1, dtype=torch.float32)
+            out.copy_(torch.bmm(targets[:, None], log_probs[:, :, None]).flatten())
+            torch.sub(targets, log_probs.exp_(), alpha=piece.term.mass, out=view)
+    return negative.neg_().flatten()

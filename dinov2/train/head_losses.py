@@ -26,6 +26,7 @@ class Entry:
         tokens: [V * c, D] student tokens, view after view.
         weights: [c] float32, of each row and the same for all views.
         targets: returns the targets [r, K] of a slice of the c rows.
+        mass: what the targets of a row sum to.
         loss_weight: how often the entry counts in the total.
     """
 
@@ -34,6 +35,7 @@ class Entry:
     weights: Tensor
     targets: Callable[[slice], Tensor]
     loss_weight: float
+    mass: float = 1.0
 
     @property
     def views(self) -> int:
@@ -61,7 +63,9 @@ def dino_entries(
     entries = [Entry("dino_global_crops_loss", global_cls, weights, targets.rows, loss_weight)]
     if local_cls is not None:
         both = partial(_of_both_views, targets, images)
-        entries.append(Entry("dino_local_crops_loss", local_cls, weights[:images], both, loss_weight))
+        entries.append(
+            Entry("dino_local_crops_loss", local_cls, weights[:images], both, loss_weight, mass=2.0)
+        )
     return entries
 
 
@@ -86,7 +90,7 @@ def head_loss(
     terms, start = [], 0
     for entry in entries:
         weights = entry.loss_weight * entry.weights
-        terms.append(Term(start, entry.views, len(weights), weights, entry.targets))
+        terms.append(Term(start, entry.views, len(weights), weights, entry.targets, entry.mass))
         start += len(entry.tokens)
     then = partial(prototype_cross_entropy, terms=terms, temperature=student_temp)
     total, rows = head(torch.cat([entry.tokens for entry in entries]), then)

@@ -246,7 +246,7 @@ class SSLMetaArch(nn.Module):
         """Turn the logits of all micro-batches of a step into targets, together.
 
         Returns:
-            The targets of each micro-batch, to be read within the step. The logits may be overwritten.
+            The targets of each micro-batch, to be read within the step.
         """
         none = [None] * len(logits)
         cls, patches = none, none
@@ -258,7 +258,7 @@ class SSLMetaArch(nn.Module):
 
     def _assign(self, loss: CenteredLoss, chunks: list[Tensor], teacher_temp: float) -> list[Targets]:
         if self.cfg.train.centering == "sinkhorn_knopp":
-            return joint_sinkhorn_knopp(chunks, teacher_temp, overwrite=True)
+            return joint_sinkhorn_knopp(chunks, teacher_temp)
         return loss.center_jointly(chunks, teacher_temp)
 
     def student_tokens(self, batch: Batch) -> StudentTokens:
@@ -370,9 +370,7 @@ class SSLMetaArch(nn.Module):
             patch_embed_lr_mult=self.cfg.optim.patch_embed_lr_mult,
             lr_mult=self.cfg.optim.backbone_lr_mult if is_backbone else 1.0,
         )
-        return [
-            {**group, "is_backbone": is_backbone, "foreach": True} for group in fuse_params_groups(groups)
-        ]
+        return [{**group, "is_backbone": is_backbone, "fused": True} for group in fuse_params_groups(groups)]
 
     def get_params_groups(self) -> list[dict[str, Any]]:
         """Return the parameter groups of all student submodules, backbone first."""

@@ -60,7 +60,7 @@ def train_step(
         stop_requested: whether this process was asked to stop; comes back as whether any was.
     """
     micro_batches = [images] if isinstance(images, Mapping) else images
-    unreadable = torch.tensor(float(len(unreadable_images(micro_batches))), device=model.device)
+    unreadable = torch.full((), float(len(unreadable_images(micro_batches))), device=model.device)
     apply_optim_scheduler(
         optimizer,
         values.lr,
@@ -73,14 +73,15 @@ def train_step(
     losses = _accumulate_gradients(model, micro_batches, values.teacher_temp, seed)
     reshard_fsdp_model(model.student)  # a frozen backbone has had no backward pass to do it
     average_gradients(model.student.parameters())
-    # Read only now: waiting for the values before the backward pass would leave a GPU idle.
     stop = torch.full_like(unreadable, float(stop_requested))
-    reduced = reduce_losses({**losses, UNREADABLE: unreadable, STOP: stop})
-    unreadable_sum = round(reduced.pop(UNREADABLE) * distributed.get_global_size())
-    any_stop = reduced.pop(STOP) > 0
+    reduced = mean_over_ranks({**losses, UNREADABLE: unreadable, STOP: stop})
     if model.fp16_scaler is not None:
         model.fp16_scaler.unscale_(optimizer)
-    norms = {name: norm.item() for name, norm in clip_gradients(model.student, clip_grad).items()}
+    gradient_norms = clip_gradients(model.student, clip_grad)
+    # Read only now, and all at once: waiting for values leaves a GPU idle.
+    reduced, norms = read_values(reduced, gradient_norms)
+    unreadable_sum = round(reduced.pop(UNREADABLE) * distributed.get_global_size())
+    any_stop = reduced.pop(STOP) > 0
     problem = _step_optimizer(model, optimizer, reduced, norms)
     if not problem:
         model.update_teacher(values.momentum)
@@ -141,12 +142,18 @@ def _step_optimizer(
     return problem
 
 
-def reduce_losses(losses: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Average scalars over ranks with one collective and one transfer to the host."""
-    stacked = torch.stack([value.float() for value in losses.values()])
+def mean_over_ranks(scalars: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Average scalars over ranks with one collective; they stay on their device."""
+    stacked = torch.stack([value.float() for value in scalars.values()])
     distributed.all_reduce_sum_(stacked)
-    means = (stacked / distributed.get_global_size()).tolist()
-    return dict(zip(losses, means, strict=True))
+    return dict(zip(scalars, (stacked / distributed.get_global_size()).unbind(), strict=True))
+
+
+def read_values(*groups: dict[str, torch.Tensor]) -> list[dict[str, float]]:
+    """Bring scalars of one device to the host in one transfer."""
+    tensors = [value for group in groups for value in group.values()]
+    values = iter(torch.stack([tensor.float() for tensor in tensors]).tolist())
+    return [{name: next(values) for name in group} for group in groups]
 
 
 def not_finite(values: dict[str, float], what: str) -> str:

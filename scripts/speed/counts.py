@@ -9,6 +9,8 @@ Counted are PyTorch's operators as they reach a backend, the backward pass inclu
 - floating-point operations of matrix products, convolutions and attention, by PyTorch's own counter.
 - bytes: what the other operators, elementwise ones and reductions, read and write at least, each distinct
   tensor once. A kernel of several passes counts as one, and what the caches save is not known here.
+- memory bytes, if a size of cache is given: what all operators move between the memory and a cache that holds
+  whole tensors or parts of them, the latest used; what is freed before it had to leave is never written.
 - waits: places where the host must wait for the device to know a value or a size. On a CPU nothing waits,
   so they are found by what would: reading values (``item``, ``tolist``, ``if tensor``), results whose size
   depends on values (``nonzero``, boolean indexing), copies from ordinary memory to the device.
@@ -19,7 +21,7 @@ Compiled code and hand-written kernels are not seen. This module knows nothing o
 """
 
 import traceback
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -96,6 +99,7 @@ class Counts:
     operators: Counter[str] = field(default_factory=Counter)  # by name
     bytes_by_operator: Counter[str] = field(default_factory=Counter)  # of all but matrix products
     product_bytes: int = 0  # of matrix products, convolutions and attention
+    memory_bytes: int = 0  # of all operators, beyond a cache; 0 if none was given
     waits: list[Event] = field(default_factory=list)
     copies: list[Event] = field(default_factory=list)
 
@@ -124,19 +128,22 @@ class Counts:
 
 
 @contextmanager
-def count(host: Iterable[Tensor] = ()) -> Iterator[Counts]:
+def count(host: Iterable[Tensor] = (), *, cache_bytes: int = 0) -> Iterator[Counts]:
     """Count what happens inside the ``with``.
 
     Args:
+        cache_bytes: size of the cache of ``memory_bytes``.
         host: tensors that lie in the host's memory whatever the device, such as a batch from the loader and
             the optimizer's step counters. Reading them is no wait, and moving them is a copy to the device.
     """
     counts = Counts()
     addresses = {tensor.untyped_storage().data_ptr() for tensor in host} - {0}
     flops = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-    with flops, _Operators(counts, addresses), _Calls(counts, addresses):
+    cache = _Cache(cache_bytes) if cache_bytes else None
+    with flops, _Operators(counts, addresses, cache), _Calls(counts, addresses):
         yield counts
     counts.flops = flops.get_total_flops()
+    counts.memory_bytes = cache.flush() if cache else 0
 
 
 def host_tensors(batch: dict[str, Any], optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -165,9 +172,9 @@ def where() -> str:
 class _Operators(TorchDispatchMode):
     """Sees every operator on its way to a backend."""
 
-    def __init__(self, counts: Counts, host: set[int]) -> None:
+    def __init__(self, counts: Counts, host: set[int], cache: "_Cache | None") -> None:
         super().__init__()
-        self.counts, self.host = counts, host
+        self.counts, self.host, self.cache = counts, host, cache
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -178,6 +185,8 @@ class _Operators(TorchDispatchMode):
         if not (func.is_view or name in _FREE or "::" in name):
             self.counts.operators[name] += 1
             moved = _moved(func, name, args, tensors, _tensors(result))
+            if self.cache is not None:
+                self.cache.use(tensors, [*_mutated(func, args), *_tensors(result)])
             if func.overloadpacket in flop_registry or func.overloadpacket in _CPU_ATTENTION:
                 self.counts.product_bytes += moved
             else:
@@ -192,6 +201,49 @@ class _Operators(TorchDispatchMode):
         if name == "repeat_interleave":
             return isinstance(args[-1], Tensor)
         return name in _SIZES_FROM_VALUES or name in _READS_A_VALUE
+
+
+class _Cache:
+    """A cache of the latest used parts of tensors, and what passes between it and the memory.
+
+    A part is what one operator uses at a time; parts that overlap count as different ones.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.held: OrderedDict[tuple, tuple[int, StorageWeakRef, bool]] = OrderedDict()  # bytes, dirty
+        self.used = 0
+        self.moved = 0
+
+    def use(self, read: list[Tensor], written: list[Tensor]) -> None:
+        for tensor, dirties in (*((t, False) for t in read), *((t, True) for t in written)):
+            size, storage = used_bytes(tensor), tensor.untyped_storage()
+            key = (storage._cdata, tensor.storage_offset(), size)
+            old = self.held.pop(key, None)
+            if old is None:
+                self.used += size
+                self.moved += 0 if dirties else size
+            self.held[key] = (size, StorageWeakRef(storage), dirties or (old is not None and old[2]))
+        if self.used > self.size:
+            self._drop_freed()
+        while self.used > self.size:
+            self._evict()
+
+    def _drop_freed(self) -> None:
+        for key in [key for key, (_, storage, _) in self.held.items() if storage.expired()]:
+            self.used -= self.held.pop(key)[0]
+
+    def _evict(self) -> None:
+        _, (size, _, dirty) = self.held.popitem(last=False)
+        self.used -= size
+        self.moved += size if dirty else 0
+
+    def flush(self) -> int:
+        """Write what is still to be written and return the bytes moved in all."""
+        self._drop_freed()
+        while self.held:
+            self._evict()
+        return self.moved
 
 
 class _Calls(TorchFunctionMode):
@@ -245,17 +297,21 @@ def _moved(func, name: str, args: tuple, inputs: list[Tensor], results: list[Ten
     if name in _SCATTER:
         added = inputs[-1]
         return 3 * used_bytes(added) + _total(inputs[1:-1])
-    mutated = [
-        tensor
-        for argument, value in zip(func._schema.arguments, args, strict=False)
-        if argument.alias_info is not None and argument.alias_info.is_write
-        for tensor in _tensors(value)
-    ]
+    mutated = _mutated(func, args)
     written = _distinct([*mutated, *results])
     read = _distinct(inputs)
     if name in _ONLY_WRITE:
         read = {key: size for key, size in read.items() if key not in _distinct(mutated)}
     return sum(read.values()) + sum(written.values())
+
+
+def _mutated(func, args: tuple) -> list[Tensor]:
+    return [
+        tensor
+        for argument, value in zip(func._schema.arguments, args, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for tensor in _tensors(value)
+    ]
 
 
 def _total(tensors: list[Tensor]) -> int:

@@ -39,9 +39,8 @@ def test_several_chunks_are_kept_as_they_came():
     parts = [part.bfloat16() for part in chunks()]
     before = [part.clone() for part in parts]
     joint = joint_sinkhorn_knopp(parts, 0.05)
-    kept = [target._make.func.__self__ for target in joint]
-    for rows, part in zip(kept, parts, strict=True):
-        large = [v for v in vars(rows).values() if isinstance(v, torch.Tensor) and v.ndim == 2]
+    for targets, part in zip(joint, parts, strict=True):
+        large = [v for v in vars(targets).values() if isinstance(v, torch.Tensor) and v.ndim == 2]
         assert len(large) == 1 and large[0] is part
     for targets, part, original in zip(joint, parts, before, strict=True):
         assert targets.dense().dtype == torch.float32

@@ -16,15 +16,15 @@ def problem(seed=0):
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(VIEWS * COUNT + SINGLE, WIDTH, generator=generator).requires_grad_()
     matrix = torch.randn(K, WIDTH, generator=generator).requires_grad_()
-    # Of targets that are added the rows need not sum to one.
-    targets = [2 * torch.rand(n, K, generator=generator).softmax(-1) for n in (COUNT, SINGLE)]
+    targets = [torch.rand(n, K, generator=generator).softmax(-1) for n in (COUNT, SINGLE)]
+    targets[0] *= 2  # as of two views that were added
     weights = [torch.rand(n, generator=generator) for n in (COUNT, SINGLE)]
     return features, matrix, targets, weights
 
 
 def terms_of(targets, weights):
     return [
-        Term(0, VIEWS, COUNT, weights[0], lambda which: targets[0][which].clone()),
+        Term(0, VIEWS, COUNT, weights[0], lambda which: targets[0][which].clone(), mass=2.0),
         Term(VIEWS * COUNT, 1, SINGLE, weights[1], lambda which: targets[1][which].clone()),
     ]
 

@@ -6,7 +6,7 @@ A step has moments at which memory can be highest; each is added up by part, and
 - ``losses``: the student has run, everything for its backward pass is there, and so are the teacher's scores,
   the student's of one block of rows, and gradients of the prototypes.
 - ``heads done``: gradients of the heads exist, the backbone's activations still do.
-- ``optimizer``: all gradients exist, activations are gone, AdamW has one copy of its largest parameter group.
+- ``optimizer``: all gradients exist, activations are gone; AdamW's fused kernel makes no copies.
 
 Always there: float32 weights of student and teacher and AdamW's two moments. Gradients are float32 and freed
 at the beginning of a step. Under autocast every matrix has a copy in half precision until its backward pass;
@@ -151,7 +151,6 @@ def step_memory(work: Workload, networks: Networks, layout: Layout, *, processes
         "optimizer": {
             **static,
             "gradients": sum(gradients.values()),
-            "optimizer's copy": FLOAT32 * networks.largest_group // student["backbone"].group,
         },
     }
     if processes > 1 and any(held.group == 1 for held in student.values()):

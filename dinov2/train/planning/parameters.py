@@ -30,7 +30,6 @@ class Networks:
 
     backbone: nn.Module  # the student's
     parts: tuple[Part, ...]
-    largest_group: int  # parameters of the largest group that the optimizer updates at once
 
     def total(self, count: str) -> int:
         """Sum one of the counts of :class:`Part` over all parts."""
@@ -58,8 +57,7 @@ def build_networks(cfg: DictConfig, *, mask_token_learns: bool = True) -> Networ
         with torch.device("meta"):
             add_adapters(backbone, cfg.student.lora_rank, cfg.student.lora_alpha)
     parts = [_part(name, model.student[name], model.teacher[name]) for name in model.student]
-    groups = [sum(p.numel() for p in group["params"]) for group in model.get_params_groups()]
-    return Networks(backbone, tuple(parts), max(groups))
+    return Networks(backbone, tuple(parts))
 
 
 def _part(name: str, student: nn.Module, teacher: nn.Module) -> Part:
