@@ -59,22 +59,32 @@ class Attention(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, is_causal: bool = False, *, attn_bias: PackedLayout | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        is_causal: bool = False,
+        *,
+        attn_bias: PackedLayout | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """Mix tokens within each sequence.
 
         Args:
             x: ``[B, N, D]``, or packed ``[1, T, D]`` together with its layout.
             is_causal: let each token see only itself and earlier ones.
             attn_bias: layout of a packed ``x``; sequences never see each other.
+            rows: positions ``[k]`` of a packed ``x`` whose results are wanted; by default all.
 
         Returns:
-            Same shape as ``x``.
+            Same shape as ``x``, or ``[1, k, D]``.
         """
         qkv = self.qkv(x)
         if attn_bias is None:
             mixed = self._mix(qkv, is_causal)
         else:
             mixed = attn_bias.pack([self._mix(part, is_causal) for part in attn_bias.split(qkv)])
+        if rows is not None:
+            mixed = mixed.index_select(1, rows)
         return self.proj_drop(self.proj(mixed))
 
     def _mix(self, qkv: Tensor, is_causal: bool) -> Tensor:
@@ -88,6 +98,8 @@ class Attention(nn.Module):
 class MemEffAttention(Attention):
     """The attention of the released models; differs from :class:`Attention` in its call only."""
 
-    def forward(self, x: Tensor, attn_bias: PackedLayout | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_bias: PackedLayout | None = None, *, rows: Tensor | None = None
+    ) -> Tensor:
         """See :meth:`Attention.forward`."""
-        return super().forward(x, attn_bias=attn_bias)
+        return super().forward(x, attn_bias=attn_bias, rows=rows)

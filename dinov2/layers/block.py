@@ -7,6 +7,7 @@ Shapes: b sequences of n tokens, s of them kept, T tokens packed, D width.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -91,10 +92,12 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path)
         self.sample_drop_ratio = drop_path
 
-    def attention_branch(self, x: Tensor, attn_bias: PackedLayout | None = None) -> Tensor:
-        """First residual branch, on ``[b, n, D]`` or packed ``[1, T, D]`` with its layout."""
+    def attention_branch(
+        self, x: Tensor, attn_bias: PackedLayout | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """First residual branch, on ``[b, n, D]`` or packed ``[1, T, D]`` with its layout and wanted rows."""
         x = self.norm1(x)
-        return self.ls1(self.attn(x) if attn_bias is None else self.attn(x, attn_bias=attn_bias))
+        return self.ls1(self.attn(x) if attn_bias is None else self.attn(x, attn_bias=attn_bias, rows=rows))
 
     def ffn_branch(self, x: Tensor, attn_bias: PackedLayout | None = None) -> Tensor:
         """Second residual branch; token by token, so it needs no layout."""
@@ -117,7 +120,10 @@ class NestedTensorBlock(Block):
     """:class:`Block` that also takes batches of different sequence lengths at once."""
 
     def forward(
-        self, x_or_x_list: Tensor | list[Tensor], layout: PackedLayout | None = None
+        self,
+        x_or_x_list: Tensor | list[Tensor],
+        layout: PackedLayout | None = None,
+        rows: Sequence[Tensor] | None = None,
     ) -> Tensor | list[Tensor]:
         """Transform one batch, a list of batches, or packed batches.
 
@@ -125,10 +131,14 @@ class NestedTensorBlock(Block):
             x_or_x_list: ``[b, n, D]``, a list of such, or packed ``[1, T, D]`` together with ``layout``.
             layout: how the packed tensor divides. A model packs once before its blocks and splits once after
                 them; a block that returned views of a list would defeat FSDP's hooks.
+            rows: per packed batch, positions ``[k]`` in its flattened tokens ``[b * n]``: transform these
+                alone, though they see all others.
 
         Returns:
-            The same structure as the input.
+            The same structure as the input; with ``rows`` ``[1, K, D]``, theirs of all batches.
         """
+        if rows is not None:
+            return run(self.recompute, self._forward_rows, x_or_x_list, layout, *rows)
         if layout is not None:
             return run(self.recompute, self._forward_packed, x_or_x_list, layout)
         if isinstance(x_or_x_list, Tensor):
@@ -143,6 +153,20 @@ class NestedTensorBlock(Block):
             else:
                 x = x + branch(x, layout)
         return x
+
+    def _forward_rows(self, x: Tensor, layout: PackedLayout, *rows: Tensor) -> Tensor:
+        chosen = torch.cat(layout.packed_rows(rows))
+        out = x.index_select(1, chosen)
+        rate = self.sample_drop_ratio if self.training else 0.0
+        if rate == 0.0:
+            out = out + self.attention_branch(x, layout, chosen)
+            return out + self.ffn_branch(out)
+        subset = _Subset.draw(x, layout, rate)
+        kept = x.index_select(1, torch.cat(subset.tokens))
+        weights, at = subset.find(rows)
+        out = out + weights * self.attention_branch(kept, subset.layout, at)
+        weights, _ = _Subset.draw(x, layout, rate).find(rows)
+        return out + weights * self.ffn_branch(out)
 
 
 class CausalAttentionBlock(nn.Module):
@@ -281,17 +305,61 @@ def _drop_add_packed(
     scaling_vector: Tensor | None = None,
 ) -> Tensor:
     """Add a branch computed for a subset of every batch of packed ``x``: one gather, one branch."""
-    branges, scales = zip(
-        *(get_branges_scales(batch, sample_drop_ratio) for batch in layout.split(x)), strict=True
-    )
-    rows = layout.token_rows(branges)
-    kept = PackedLayout(
-        tuple((len(brange), n) for brange, (_, n) in zip(branges, layout.shapes, strict=True))
-    )
-    residual = residual_func(x.index_select(1, torch.cat(rows)), attn_bias=kept)
+    subset = _Subset.draw(x, layout, sample_drop_ratio)
+    residual = residual_func(x.index_select(1, torch.cat(subset.tokens)), attn_bias=subset.layout)
     if scaling_vector is not None:
         residual = residual * scaling_vector
+    parts = residual.to(x.dtype).split(subset.layout.sizes, dim=1)
     out = x.clone()
-    for index, part, scale in zip(rows, residual.to(x.dtype).split(kept.sizes, dim=1), scales, strict=True):
+    for index, part, scale in zip(subset.tokens, parts, subset.scales, strict=True):
         out.index_add_(1, index, part, alpha=scale)
     return out
+
+
+@dataclass(frozen=True)
+class _Subset:
+    """The sequences of every packed batch that go through a branch.
+
+    Attributes:
+        whole: layout of all sequences.
+        layout: of those kept.
+        samples: per batch, the kept sequences ``[s]``.
+        tokens: per batch, the packed positions ``[s * n]`` of their tokens.
+        scales: per batch, what keeps the expectation of the branch.
+    """
+
+    whole: PackedLayout
+    layout: PackedLayout
+    samples: tuple[Tensor, ...]
+    tokens: list[Tensor]
+    scales: tuple[float, ...]
+
+    @classmethod
+    def draw(cls, x: Tensor, layout: PackedLayout, sample_drop_ratio: float) -> "_Subset":
+        """Choose from packed ``x``."""
+        samples, scales = zip(
+            *(get_branges_scales(batch, sample_drop_ratio) for batch in layout.split(x)), strict=True
+        )
+        kept = tuple((len(brange), n) for brange, (_, n) in zip(samples, layout.shapes, strict=True))
+        return cls(layout, PackedLayout(kept), samples, layout.token_rows(samples), scales)
+
+    def find(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what the branch counts at chosen tokens, and where they are among the kept ones.
+
+        Args:
+            rows: per batch, positions ``[k]`` in its flattened tokens ``[b * n]``.
+
+        Returns:
+            ``[K, 1]`` the batch's scale, 0 for tokens of sequences left out; and ``[K]`` positions among the
+            kept tokens, any for those left out, so that shapes do not depend on what was drawn.
+        """
+        weights, found = [], []
+        batches = zip(self.whole.shapes, self.samples, self.scales, strict=True)
+        for (count, n), samples, scale in batches:
+            place = torch.full((count,), -1, device=samples.device)
+            place[samples] = torch.arange(len(samples), device=samples.device)
+            chosen = rows[len(found)]
+            of_sequence = place[chosen // n]
+            weights.append((of_sequence >= 0) * scale)
+            found.append(of_sequence.clamp_min(0) * n + chosen % n)
+        return torch.cat(weights)[:, None], torch.cat(self.layout.packed_rows(found))

@@ -5,6 +5,7 @@ Shapes: b sequences of n tokens in one batch, T tokens over all batches, D width
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -31,8 +32,9 @@ class PackedLayout:
         return [b * n for b, n in self.shapes]
 
     def pack(self, batches: Sequence[Tensor]) -> Tensor:
-        """Join batches ``[b, n, D]`` into ``[1, T, D]``."""
-        return torch.cat([x.reshape(1, -1, x.shape[-1]) for x in batches], dim=1)
+        """Join batches ``[b, n, D]`` into ``[1, T, D]``; one batch is not copied."""
+        flat = [x.reshape(1, -1, x.shape[-1]) for x in batches]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
     def split(self, packed: Tensor) -> list[Tensor]:
         """Undo :meth:`pack`: views ``[b, n, D]`` of ``[1, T, D]``."""
@@ -47,3 +49,8 @@ class PackedLayout:
             rows.append((start + sequences[:, None] * n + tokens).flatten())
             start += b * n
         return rows
+
+    def packed_rows(self, positions: Sequence[Tensor]) -> list[Tensor]:
+        """Turn, per batch, positions ``[k]`` in its flattened tokens ``[b * n]`` into packed positions."""
+        starts = [0, *accumulate(self.sizes)]
+        return [rows + start for rows, start in zip(positions, starts, strict=False)]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -140,8 +141,8 @@ class _CrossEntropy(torch.autograd.Function):
         most_rows = max(BLOCK_BYTES // (len(matrix) * matrix.element_size()), 1)
         for block in _blocks(terms, most_rows):
             spans = _spans(block)
-            inputs = _gather(features, spans).to(dtype)
-            scores = torch.addmm(inputs.new_zeros(()), inputs, matrix.T, beta=0.0, alpha=1.0 / temperature)
+            inputs = _gather(features, spans)
+            scores = F.linear((inputs / temperature).to(dtype), matrix)
             parts = scores.split([piece.size for piece in block])
             found = torch.cat([_consume(piece, part) for piece, part in zip(block, parts, strict=True)])
             weights = torch.cat([piece.weights() for piece in block])

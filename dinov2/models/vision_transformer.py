@@ -56,11 +56,12 @@ def init_weights_vit_timm(module: nn.Module, name: str = "") -> None:
 class BlockChunk(nn.ModuleList):
     """Consecutive blocks called as one, the unit that FSDP may wrap."""
 
-    def forward(self, x: Tensor, *layout: PackedLayout) -> Tensor:
-        for block in self:
-            if not isinstance(block, nn.Identity):  # stands for the blocks of earlier chunks
-                x = block(x, *layout)
-        return x
+    def forward(self, x: Tensor, *layout: PackedLayout, rows: Sequence[Tensor] | None = None) -> Tensor:
+        """Transform tokens; with ``rows`` the last block transforms these alone."""
+        blocks = [block for block in self if not isinstance(block, nn.Identity)]  # stand for earlier chunks
+        for block in blocks[:-1]:
+            x = block(x, *layout)
+        return blocks[-1](x, *layout) if rows is None else blocks[-1](x, *layout, rows=rows)
 
 
 class DinoVisionTransformer(nn.Module):
@@ -251,12 +252,39 @@ class DinoVisionTransformer(nn.Module):
             One dict per batch, see :meth:`forward_features`; the same numbers as one call per batch.
         """
         masks_list = masks_list if masks_list is not None else [None] * len(x_list)
-        tokens = [self.prepare_tokens_with_masks(x, m) for x, m in zip(x_list, masks_list, strict=True)]
-        layout, x = get_attn_bias_and_cat(tokens)  # [1, T, D]
+        layout, x = self._packed_tokens(x_list, masks_list)
         for block in self.blocks:
             x = block(x, layout)
         batches = zip(layout.split(self.norm(x)), layout.split(x), masks_list, strict=True)
         return [self._outputs(*batch) for batch in batches]
+
+    def forward_tokens(
+        self, x_list: list[Tensor], masks_list: list[Tensor | None], tokens: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Compute the output of chosen tokens, as :meth:`forward_features_list` does that of all.
+
+        What the last block and the final norm would compute for the others alone is left out: with the tokens
+        that a training step needs, most of the last block.
+
+        Args:
+            x_list: images ``[B, C, H, W]`` per batch.
+            masks_list: masks or None per batch.
+            tokens: per batch, positions ``[k]`` in its flattened output ``[B * (1 + R + N)]``.
+
+        Returns:
+            Normalised tokens ``[k, D]`` per batch.
+        """
+        layout, x = self._packed_tokens(x_list, masks_list)
+        for block in self.blocks[:-1]:
+            x = block(x, layout)
+        x = self.blocks[-1](x, layout, rows=tokens)
+        return list(self.norm(x)[0].split([len(positions) for positions in tokens]))
+
+    def _packed_tokens(
+        self, x_list: list[Tensor], masks_list: list[Tensor | None]
+    ) -> tuple[PackedLayout, Tensor]:
+        tokens = [self.prepare_tokens_with_masks(x, m) for x, m in zip(x_list, masks_list, strict=True)]
+        return get_attn_bias_and_cat(tokens)  # [1, T, D]
 
     def _outputs(self, x_norm: Tensor, x_prenorm: Tensor, masks: Tensor | None) -> dict[str, Any]:
         first_patch = 1 + self.num_register_tokens
@@ -319,8 +347,15 @@ class DinoVisionTransformer(nn.Module):
             return tuple(zip(patches, (out[:, 0] for out in outputs), strict=True))
         return tuple(patches)
 
-    def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        """Return the cls token ``[B, D]``, or in training what :meth:`forward_features` returns."""
+    def forward(
+        self, *args: Any, is_training: bool = False, tokens: Sequence[Tensor] | None = None, **kwargs: Any
+    ) -> Any:
+        """Return the cls token ``[B, D]``, or in training what :meth:`forward_features` returns.
+
+        With ``tokens`` it is what :meth:`forward_tokens` returns.
+        """
+        if tokens is not None:
+            return self.forward_tokens(*args, tokens=tokens, **kwargs)
         outputs = self.forward_features(*args, **kwargs)
         if is_training:
             return outputs

@@ -229,10 +229,12 @@ class SSLMetaArch(nn.Module):
     def teacher_logits(self, batch: Batch) -> TeacherLogits:
         """Run the teacher on the unmasked global crops."""
         with self.precision.autocast("teacher", "backbone"):
-            features = self.teacher["backbone"](batch.global_crops, is_training=True)
-        first, second = features["x_norm_clstoken"].chunk(NUM_GLOBAL_CROPS)
+            (tokens,) = self.teacher["backbone"](
+                [batch.global_crops], [None], tokens=self._needed_tokens(batch)[:1]
+            )
+        cls_tokens, patch_tokens = tokens.tensor_split([len(batch.global_crops)])
+        first, second = cls_tokens.chunk(NUM_GLOBAL_CROPS)
         cls_tokens = torch.cat((second, first))
-        patch_tokens = features["x_norm_patchtokens"].flatten(0, 1)[batch.mask_indices]
         run = partial(self._run_head, self.teacher, "teacher")
         if self.do_dino and self.do_ibot and not self.ibot_separate_head:
             logits = run("dino_head", torch.cat((cls_tokens, patch_tokens)))
@@ -268,12 +270,28 @@ class SSLMetaArch(nn.Module):
             crops.append(batch.local_crops)
             masks.append(None)
         with self.precision.autocast("student", "backbone"):
-            features = self.student["backbone"](crops, masks=masks, is_training=True)
-        return StudentTokens(
-            global_cls=features[0]["x_norm_clstoken"],
-            local_cls=features[1]["x_norm_clstoken"] if batch.local_crops is not None else None,
-            patches=features[0]["x_norm_patchtokens"].flatten(0, 1)[batch.mask_indices],
-        )
+            tokens, *local = self.student["backbone"](crops, masks, tokens=self._needed_tokens(batch))
+        cls_tokens, patches = tokens.tensor_split([len(batch.global_crops)])
+        return StudentTokens(global_cls=cls_tokens, local_cls=local[0] if local else None, patches=patches)
+
+    def _needed_tokens(self, batch: Batch) -> list[Tensor]:
+        """Return where the tokens are that heads and losses look at, for each size of crop.
+
+        Of global crops the cls tokens and then the masked patches, of local crops the cls tokens.
+        """
+        backbone = self.student["backbone"]
+        first_patch = 1 + backbone.num_register_tokens
+        crops, patches = batch.masks.shape
+        needed = [torch.arange(crops, device=self.device) * (first_patch + patches)]
+        if self.do_ibot:
+            crop = batch.mask_indices // patches
+            needed[0] = torch.cat([needed[0], batch.mask_indices + (crop + 1) * first_patch])
+        if batch.local_crops is not None:
+            height, width = batch.local_crops.shape[-2:]
+            patches = (height // backbone.patch_size) * (width // backbone.patch_size)
+            crop = torch.arange(len(batch.local_crops), device=self.device)
+            needed.append(crop * (first_patch + patches))
+        return needed
 
     def combine_losses(self, batch: Batch, targets: TeacherTargets, tokens: StudentTokens) -> Losses:
         """Weigh the terms into the total; every term may be off."""

@@ -87,7 +87,7 @@ def test_a_step_computes_what_the_model_needs_and_no_more(run):
     work = workload(run.cfg)
     patches = work.vit.patches(work.global_pixels)
     masked = run.batch["n_masked_patches"].item() / (2 * work.batch * patches)
-    needed = work.batch * step_flops(replace(work, masked_share=masked)).model
+    needed = work.batch * step_flops(replace(work, masked_share=masked)).executed
     # Images need no gradient, and the backward pass of attention makes the scores anew.
     crops = ((2, work.global_pixels), (work.local_crops, work.local_pixels))
     needed -= work.batch * sum(number * patch_flops(work.vit, pixels) for number, pixels in crops)

@@ -16,6 +16,9 @@ One residual branch keeps, per token it computes:
 - stochastic depth: its result once more, which adding it at its positions keeps, ``4 d``, and the positions
   twice, ``16``.
 
+In the last block projection, feed-forward and what follows are computed for the chosen tokens alone, those
+that heads and losses look at.
+
 A frozen layer keeps nothing for the gradients of its weights: neither inputs of matrix products nor what
 LayerScale multiplies. Low-rank updates need the inputs of the matrices that they update, and keep their own
 narrow results, ``c`` times the rank for each of four matrices. ``train.activation_checkpointing`` keeps
@@ -59,7 +62,7 @@ def backbone_activations(work: Workload, c: int) -> BackboneActivations:
         kept = [_checkpointed(work, block, c) if full[block] else 0 for block in range(work.vit.depth)]
         blocks, recomputed = sum(kept), max(full)
     d = work.vit.width
-    gradient_passes = work.tokens * (2 * FLOAT32 * d + 2 * FLOAT32)  # input and output of the final norm
+    gradient_passes = work.tokens_chosen * (2 * FLOAT32 * d + 2 * FLOAT32)  # the final norm
     return BackboneActivations(blocks, recomputed, gradient_passes, work.pixels * c)
 
 
@@ -73,9 +76,18 @@ def _block(work: Workload, block: int, c: int) -> int:
     scattered = FLOAT32 * d + 2 * INDEX if vit.drop_rates[block] > 0 else 0
     branch = FLOAT32 * d + 2 * FLOAT32 + scattered
     scaled = c * d * learns * vit.layer_scale
-    attention = branch + inputs * 2 * c * d + 4 * c * d + FLOAT32 * vit.heads + scaled
-    feed_forward = branch + inputs * c * d + _hidden(work, c, inputs) + scaled
-    return work.tokens_kept(block) * (attention + feed_forward + 4 * c * work.lora_rank)
+    mixing = inputs * c * d + 4 * c * d + FLOAT32 * vit.heads
+    projection = inputs * c * d + scaled
+    feed_forward = FLOAT32 * d + 2 * FLOAT32 + inputs * c * d + _hidden(work, c, inputs) + scaled
+    if block < vit.depth - 1:
+        # Attention's result serves as the projection's input where one size of crops needs no packing.
+        mixing -= 0 if work.local_crops else inputs * c * d
+        per_token = branch + mixing + projection + scattered + feed_forward + 4 * c * work.lora_rank
+        return work.tokens_kept(block) * per_token
+    # Of the last block only chosen tokens go further than attention.
+    attention = FLOAT32 * d + 2 * FLOAT32 + mixing + c * work.lora_rank
+    chosen = projection + feed_forward + 3 * c * work.lora_rank
+    return work.tokens_kept(block) * attention + work.tokens_chosen * chosen
 
 
 def _hidden(work: Workload, c: int, inputs: int) -> int:

@@ -13,8 +13,12 @@ has no weights, three times; a frozen one below everything that is trained count
 counted three times when trained, though nobody needs the gradient of the pixels: a thousandth of the whole.
 Stochastic depth computes a branch for its share of the sequences only, see :mod:`dinov2.layers.block`.
 
+What is counted so is DINOv2's arithmetic, which utilisation (MFU) refers to. Less is computed: of the last
+block's output a step needs the cls tokens and the masked patches alone, and the projection after attention
+and the feed-forward of the other tokens are left out.
+
 Not counted: norms, activations, softmax, Sinkhorn-Knopp, losses, optimizer and averaging. They are limited by
-memory bandwidth and belong to what keeps utilisation (MFU) below 1.
+memory bandwidth and belong to what keeps utilisation below 1.
 """
 
 from dataclasses import dataclass
@@ -31,17 +35,18 @@ class Flops:
     student_local: float
     teacher_heads: float
     student_heads: float
-    recomputation: float
+    recomputation: float  # of what is computed twice to save memory
+    skipped: float  # of the last block, for tokens that nobody looks at
 
     @property
     def model(self) -> float:
-        """What the step needs, without what is computed twice to save memory."""
-        return sum(vars(self).values()) - self.recomputation
+        """DINOv2's arithmetic: all parts, each once."""
+        return sum(vars(self).values()) - self.recomputation - self.skipped
 
     @property
     def executed(self) -> float:
         """What is really computed."""
-        return self.model + self.recomputation
+        return self.model + self.recomputation - self.skipped
 
 
 def linear_flops(vit: VitSizes, tokens: int) -> float:
@@ -87,11 +92,12 @@ def step_flops(work: Workload) -> Flops:
         teacher_heads=NUM_GLOBAL_CROPS * cls_row + patch_row,
         student_heads=3 * ((NUM_GLOBAL_CROPS + work.local_crops) * cls_row + patch_row),
         recomputation=_recomputed(work) if work.checkpointing == "full" else 0.0,
+        skipped=_skipped(work),
     )
 
 
 def student_forward_flops(work: Workload) -> float:
-    """Return the FLOPs per image of the student's backbone going forward."""
+    """Return the FLOPs per image of the student's backbone going forward to all tokens."""
     vit, total = work.vit, 0.0
     crops = [(NUM_GLOBAL_CROPS, work.global_pixels)]
     crops += [(work.local_crops, work.local_pixels)] if work.local_crops else []
@@ -133,7 +139,7 @@ def block_passes(work: Workload, block: int) -> tuple[int, int]:
     return (2, 3) if work.mask_token_learns else (1, 1)
 
 
-def _adapter_flops(work: Workload, tokens: int) -> float:
+def _adapter_flops(work: Workload, tokens: float) -> float:
     """FLOPs of the low-rank updates of one block: for each linear layer rank * (inputs + outputs)."""
     d, h = work.vit.width, work.vit.hidden
     hidden_outputs = 2 * h if work.vit.gated else h
@@ -152,3 +158,32 @@ def _recomputed(work: Workload) -> float:
         for block, share in enumerate(_kept_shares(work, count)):
             total += count * share * cost * (block_passes(work, block)[0] > 1)
     return total
+
+
+def _skipped(work: Workload) -> float:
+    """FLOPs of the last block's projection and feed-forward for the tokens that no head or loss looks at.
+
+    Stochastic depth leaves out whole sequences; the chosen tokens are few and are computed in all of them.
+    """
+    vit, last = work.vit, work.vit.depth - 1
+    masked = work.masked_mean if work.ibot else 0.0
+    crops = [(NUM_GLOBAL_CROPS, work.global_pixels, NUM_GLOBAL_CROPS + masked)]
+    teacher = _after_attention(vit, NUM_GLOBAL_CROPS * vit.tokens(work.global_pixels) - crops[0][2])
+    crops += [(work.local_crops, work.local_pixels, work.local_crops)] if work.local_crops else []
+    passes = block_passes(work, last)[0]
+    again = int(work.checkpointing == "full" and passes > 1)
+    student = 0.0
+    for count, pixels, chosen in crops:
+        tokens = _kept_shares(work, count)[last] * count * vit.tokens(pixels) - chosen
+        student += (passes + again) * _after_attention(vit, tokens)
+        student += 3 * _adapters_after_attention(work, tokens) if work.lora_rank else 0.0
+    return teacher + student
+
+
+def _after_attention(vit: VitSizes, tokens: float) -> float:
+    matrices = 3 if vit.gated else 2
+    return 2.0 * tokens * (vit.width**2 + matrices * vit.width * vit.hidden)
+
+
+def _adapters_after_attention(work: Workload, tokens: float) -> float:
+    return _adapter_flops(work, tokens) - 2.0 * tokens * work.lora_rank * 4 * work.vit.width

@@ -165,6 +165,11 @@ class Workload:
         """Tokens of all crops of a micro-batch."""
         return sum(count * n for count, n in self.crops)
 
+    @property
+    def tokens_chosen(self) -> int:
+        """Tokens of a micro-batch that heads and losses look at: cls tokens and masked patches."""
+        return sum(count for count, _ in self.crops) + (self.masked_most if self.ibot else 0)
+
     def rows(self, head: str, *, student: bool) -> tuple[int, int]:
         """Return (cls rows, masked patch rows) that a head sees of a micro-batch."""
         crops = NUM_GLOBAL_CROPS + (self.local_crops if student else 0)
