@@ -1,6 +1,8 @@
 """Projection head from tokens to prototype scores (Caron et al. 2021, DINO, section 3.1 and appendix C)."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +30,12 @@ class WeightNormLinear(nn.Module):
         direction, gain = self.weight_v, self.weight_g
         if direction.dtype in (torch.float16, torch.bfloat16):  # squares of small weights vanish in float16
             direction, gain = direction.float(), gain.float()
-        return direction * (gain / torch.linalg.vector_norm(direction, dim=1, keepdim=True))
+        # One pass in each direction; written out, the backward pass goes over the matrix ten times.
+        return torch._weight_norm(direction, gain, 0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, then: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """Return ``x [..., in] @ weight.T``, or ``then(x, weight)``, which makes the product itself."""
+        return F.linear(x, self.weight.to(x.dtype)) if then is None else then(x, self.weight)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -65,11 +69,22 @@ class DINOHead(nn.Module):
         self.mlp = _projection(widths, use_bn, mlp_bias)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Score tokens ``[..., D]`` against the prototypes: ``[..., K]``."""
+    def forward(self, x: Tensor, then: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """Score tokens ``[..., D]`` against the prototypes.
+
+        Args:
+            x: tokens.
+            then: called, instead of scoring, with the normalised features ``[..., bottleneck_dim]`` and the
+                matrix of prototypes ``[K, bottleneck_dim]``. A loss that needs no score twice can so do
+                without a tensor of all of them.
+
+        Returns:
+            ``[..., K]``, or what ``then`` returns.
+        """
         x = self.mlp(x)
         eps = 1e-6 if x.dtype == torch.float16 else 1e-12  # 1e-12 is zero in float16
-        return self.last_layer(F.normalize(x, dim=-1, eps=eps))
+        x = F.normalize(x, dim=-1, eps=eps)
+        return self.last_layer(x) if then is None else self.last_layer(x, then)
 
 
 def _projection(widths: list[int], use_bn: bool, bias: bool) -> nn.Module:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dinov2.loss.centering import CenteredLoss, sinkhorn_knopp, soft_cross_entropy
+from dinov2.loss.centering import CenteredLoss, soft_cross_entropy
+from dinov2.loss.targets import sinkhorn_knopp
 
 
 class DINOLoss(CenteredLoss):

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from dinov2.loss.centering import CenteredLoss, sinkhorn_knopp, soft_cross_entropy
+from dinov2.loss.centering import CenteredLoss, soft_cross_entropy
+from dinov2.loss.targets import sinkhorn_knopp
 
 
 class iBOTPatchLoss(CenteredLoss):
@@ -80,4 +81,4 @@ class iBOTPatchLoss(CenteredLoss):
             teacher_logits = teacher_logits[None]
         if teacher_logits.shape[1] == 0:
             return teacher_logits.new_zeros(0, teacher_logits.shape[-1])
-        return teacher_logits.mean(dim=1)
+        return teacher_logits.mean(dim=1, dtype=torch.float32)

@@ -23,9 +23,11 @@ from dinov2.errors import ConfigError
 from dinov2.fsdp import ShardedGradScaler, reshard_fsdp_model
 from dinov2.layers import DINOHead
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
-from dinov2.loss.centering import CenteredLoss, joint_sinkhorn_knopp
+from dinov2.loss.centering import CenteredLoss
+from dinov2.loss.targets import Targets, joint_sinkhorn_knopp
 from dinov2.models import build_model_from_cfg
 from dinov2.train.freezing import freeze_first_blocks, move_towards, moving_pairs
+from dinov2.train.head_losses import NUM_GLOBAL_CROPS, Entry, dino_entries, head_loss
 from dinov2.train.initialization import load_initial_weights
 from dinov2.train.lora import add_adapters, follow_adapted
 from dinov2.train.precision import Precision
@@ -37,7 +39,9 @@ from dinov2.utils.utils import has_batchnorms
 
 logger = logging.getLogger("dinov2")
 
-NUM_GLOBAL_CROPS = 2
+STUDENT_TEMP = 0.1
+# In the order in which DINOv2 logs them.
+LOGGED = ("dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss")
 CENTERINGS = ("centering", "sinkhorn_knopp")
 
 
@@ -77,24 +81,19 @@ class TeacherLogits:
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """Prototype assignments, float32; None for a term that is off."""
+    """Prototype assignments; None for a term that is off."""
 
-    cls: Tensor | None  # [2B, K], row i made from the other view of the image in student row i
-    patches: Tensor | None  # [M, K]
-
-
-def _make_targets(cls: Callable[[], Tensor | None], patches: Callable[[], Tensor | None]) -> TeacherTargets:
-    return TeacherTargets(cls(), patches())
+    cls: Targets | None  # of 2B rows, row i made from the other view of the image in student row i
+    patches: Targets | None  # of M rows
 
 
 @dataclass(frozen=True)
-class StudentOutputs:
-    """What the losses compare with the targets; None for a term that is off."""
+class StudentTokens:
+    """What the student's heads and losses look at."""
 
-    global_cls_tokens: Tensor  # [2B, D], before the head
-    global_cls_logits: Tensor | None  # [2B, K]
-    local_cls_logits: Tensor | None  # [L*B, K]
-    patch_logits: Tensor | None  # [M, K]
+    global_cls: Tensor  # [2B, D]
+    local_cls: Tensor | None  # [L*B, D]
+    patches: Tensor  # [M, D]
 
 
 @dataclass(frozen=True)
@@ -139,11 +138,11 @@ class SSLMetaArch(nn.Module):
         self.teacher.requires_grad_(False)
         recompute_activations(student_backbone, cfg.train.activation_checkpointing)
         if self.do_dino:
-            self.dino_loss = DINOLoss(self.dino_out_dim)
+            self.dino_loss = DINOLoss(self.dino_out_dim, STUDENT_TEMP)
         if self.do_koleo:
             self.koleo_loss = KoLeoLoss(scope=cfg.dino.koleo_scope)
         if self.do_ibot:
-            self.ibot_patch_loss = iBOTPatchLoss(self.ibot_out_dim)
+            self.ibot_patch_loss = iBOTPatchLoss(self.ibot_out_dim, STUDENT_TEMP)
 
         self.initial_weights = load_initial_weights(self.student, self.teacher, self.centers(), cfg)
         self.precision = Precision(cfg.compute_precision, torch.device("cpu"))
@@ -214,22 +213,17 @@ class SSLMetaArch(nn.Module):
                 random numbers for stochastic depth.
         """
         batches = [self._prepare(images) for images in micro_batches]
-        pending = self.assign_targets([self.teacher_logits(batch) for batch in batches], teacher_temp)
+        targets = self.assign_targets([self.teacher_logits(batch) for batch in batches], teacher_temp)
         for number in range(len(batches)):
-            batch, targets = batches.pop(0), pending.pop(0)()
+            batch, wanted = batches.pop(0), targets.pop(0)
             seed(number)
-            losses = self.combine_losses(batch, targets, self.student_outputs(batch))
-            del batch, targets  # the graph holds what it needs, until the backward pass is done
+            losses = self.combine_losses(batch, wanted, self.student_tokens(batch))
+            del batch, wanted  # the graph holds what it needs, until the backward pass is done
             yield losses
 
     def _prepare(self, images: dict[str, Any]) -> Batch:
         images = finish_batch(images, self.device, self.precision.input_dtype)
         return Batch.from_collated(images, self.device, self.num_local_crops)
-
-    def teacher_targets(self, batch: Batch, teacher_temp: float) -> TeacherTargets:
-        """Assign the unmasked global crops to prototypes with the teacher."""
-        (targets,) = self.assign_targets([self.teacher_logits(batch)], teacher_temp)
-        return targets()
 
     @torch.no_grad()
     def teacher_logits(self, batch: Batch) -> TeacherLogits:
@@ -237,37 +231,37 @@ class SSLMetaArch(nn.Module):
         with self.precision.autocast("teacher", "backbone"):
             features = self.teacher["backbone"](batch.global_crops, is_training=True)
         first, second = features["x_norm_clstoken"].chunk(NUM_GLOBAL_CROPS)
-        logits = self._project(
-            "teacher",
-            cls_tokens=torch.cat((second, first)),
-            patch_tokens=features["x_norm_patchtokens"].flatten(0, 1)[batch.mask_indices],
+        cls_tokens = torch.cat((second, first))
+        patch_tokens = features["x_norm_patchtokens"].flatten(0, 1)[batch.mask_indices]
+        run = partial(self._run_head, self.teacher, "teacher")
+        if self.do_dino and self.do_ibot and not self.ibot_separate_head:
+            logits = run("dino_head", torch.cat((cls_tokens, patch_tokens)))
+            return TeacherLogits(*logits.tensor_split([len(cls_tokens)]))
+        return TeacherLogits(
+            cls=run("dino_head", cls_tokens) if self.do_dino else None,
+            patches=run(self._patch_part, patch_tokens) if self.do_ibot else None,
         )
-        return TeacherLogits(*logits)
 
-    def assign_targets(
-        self, logits: Sequence[TeacherLogits], teacher_temp: float
-    ) -> list[Callable[[], TeacherTargets]]:
+    def assign_targets(self, logits: Sequence[TeacherLogits], teacher_temp: float) -> list[TeacherTargets]:
         """Turn the logits of all micro-batches of a step into targets, together.
 
         Returns:
-            For each micro-batch a function that makes its targets; to be called once, within the step.
+            The targets of each micro-batch, to be read within the step. The logits may be overwritten.
         """
-        none = [lambda: None] * len(logits)
+        none = [None] * len(logits)
         cls, patches = none, none
         if self.do_dino:
             cls = self._assign(self.dino_loss, [part.cls for part in logits], teacher_temp)
         if self.do_ibot:
             patches = self._assign(self.ibot_patch_loss, [part.patches for part in logits], teacher_temp)
-        return [partial(_make_targets, *both) for both in zip(cls, patches, strict=True)]
+        return [TeacherTargets(*both) for both in zip(cls, patches, strict=True)]
 
-    def _assign(
-        self, loss: CenteredLoss, chunks: list[Tensor], teacher_temp: float
-    ) -> list[Callable[[], Tensor]]:
+    def _assign(self, loss: CenteredLoss, chunks: list[Tensor], teacher_temp: float) -> list[Targets]:
         if self.cfg.train.centering == "sinkhorn_knopp":
-            return joint_sinkhorn_knopp(chunks, teacher_temp)
+            return joint_sinkhorn_knopp(chunks, teacher_temp, overwrite=True)
         return loss.center_jointly(chunks, teacher_temp)
 
-    def student_outputs(self, batch: Batch) -> StudentOutputs:
+    def student_tokens(self, batch: Batch) -> StudentTokens:
         """Run the student on the masked global crops and the local crops in one packed pass."""
         crops, masks = [batch.global_crops], [batch.masks]
         if batch.local_crops is not None:
@@ -275,46 +269,47 @@ class SSLMetaArch(nn.Module):
             masks.append(None)
         with self.precision.autocast("student", "backbone"):
             features = self.student["backbone"](crops, masks=masks, is_training=True)
-        global_cls = features[0]["x_norm_clstoken"]
-        local_cls = [features[1]["x_norm_clstoken"]] if batch.local_crops is not None else []
-        patch_tokens = features[0]["x_norm_patchtokens"].flatten(0, 1)[batch.mask_indices]
-        cls_logits, patch_logits = self._project("student", torch.cat([global_cls, *local_cls]), patch_tokens)
-        global_logits, local_logits = None, None
-        if self.do_dino:
-            global_logits = cls_logits[: len(global_cls)]
-            local_logits = cls_logits[len(global_cls) :] if local_cls else None
-        return StudentOutputs(global_cls, global_logits, local_logits, patch_logits)
+        return StudentTokens(
+            global_cls=features[0]["x_norm_clstoken"],
+            local_cls=features[1]["x_norm_clstoken"] if batch.local_crops is not None else None,
+            patches=features[0]["x_norm_patchtokens"].flatten(0, 1)[batch.mask_indices],
+        )
 
-    def combine_losses(self, batch: Batch, targets: TeacherTargets, outputs: StudentOutputs) -> Losses:
+    def combine_losses(self, batch: Batch, targets: TeacherTargets, tokens: StudentTokens) -> Losses:
         """Weigh the terms into the total; every term may be off."""
-        total = torch.zeros((), device=self.device)
-        logged: dict[str, Tensor] = {}
-        num_local_terms = max(NUM_GLOBAL_CROPS * self.num_local_crops, 1)
-        num_terms = num_local_terms + NUM_GLOBAL_CROPS
-
-        if self.do_dino and self.num_local_crops:
-            local_views = outputs.local_cls_logits.chunk(self.num_local_crops)
-            loss = self.dino_loss(local_views, targets.cls.chunk(NUM_GLOBAL_CROPS)) / num_terms
-            logged["dino_local_crops_loss"] = loss
-            total = total + self.cfg.dino.loss_weight * loss
-        if self.do_dino:
-            # One call for both views: its mean over 2B rows is half the sum of the two views' means.
-            loss = self.dino_loss([outputs.global_cls_logits], [targets.cls]) * NUM_GLOBAL_CROPS / num_terms
-            logged["dino_global_crops_loss"] = loss
-            total = total + self.cfg.dino.loss_weight * loss
+        total, logged = self._prototype_losses(batch, targets, tokens)
         if self.do_koleo:
             # Per view: two views of one image must not push each other apart.
-            views = outputs.global_cls_tokens.chunk(NUM_GLOBAL_CROPS)
+            views = tokens.global_cls.chunk(NUM_GLOBAL_CROPS)
             loss = self.cfg.dino.koleo_loss_weight * sum(self.koleo_loss(view) for view in views)
-            logged["koleo_loss"] = loss / NUM_GLOBAL_CROPS
+            logged["koleo_loss"] = loss.detach() / NUM_GLOBAL_CROPS
             total = total + loss
-        if self.do_ibot:
-            loss = self.ibot_patch_loss.forward_masked(
-                outputs.patch_logits, targets.patches, batch.masks, masks_weight=batch.masks_weight
+        return Losses(total, {name: logged[name] for name in LOGGED if name in logged})
+
+    def _prototype_losses(
+        self, batch: Batch, targets: TeacherTargets, tokens: StudentTokens
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the student's heads, and return DINO's and iBOT's part of the total and what is logged."""
+        by_head: dict[str, list[Entry]] = {}
+        if self.do_dino:
+            by_head["dino_head"] = dino_entries(
+                tokens.global_cls, tokens.local_cls, targets.cls, self.cfg.dino.loss_weight
             )
-            logged["ibot_loss"] = loss / NUM_GLOBAL_CROPS
-            total = total + self.cfg.ibot.loss_weight * loss
-        return Losses(total, {name: value.detach() for name, value in logged.items()})
+        if self.do_ibot:
+            weights = batch.masks_weight.float() / len(batch.masks)
+            weight = self.cfg.ibot.loss_weight
+            entry = Entry("ibot_loss", tokens.patches, weights, targets.patches.rows, weight)
+            by_head.setdefault(self._patch_part, []).append(entry)
+        total = torch.zeros((), device=self.device)
+        logged: dict[str, Tensor] = {}
+        for part, entries in by_head.items():
+            head = partial(self._run_head, self.student, "student", part)
+            loss, values = head_loss(head, entries, STUDENT_TEMP)
+            total = total + loss
+            logged |= values
+        if self.do_ibot:
+            logged["ibot_loss"] = logged["ibot_loss"] / NUM_GLOBAL_CROPS
+        return total, logged
 
     def backprop_loss(self, loss: Tensor) -> None:
         """Backpropagate, scaled where the student runs in fp16."""
@@ -322,23 +317,14 @@ class SSLMetaArch(nn.Module):
             loss = self.fp16_scaler.scale(loss)
         loss.backward()
 
-    def _project(
-        self, network: str, cls_tokens: Tensor, patch_tokens: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Run [n, D] cls tokens and [M, D] masked patch tokens through the heads of the terms that are on."""
-        heads = getattr(self, network)
-        if self.ibot_separate_head or not (self.do_dino and self.do_ibot):
-            patch_part = "ibot_head" if self.ibot_separate_head else "dino_head"
-            return (
-                self._run_head(heads, network, "dino_head", cls_tokens) if self.do_dino else None,
-                self._run_head(heads, network, patch_part, patch_tokens) if self.do_ibot else None,
-            )
-        logits = self._run_head(heads, network, "dino_head", torch.cat((cls_tokens, patch_tokens)))
-        return tuple(logits.tensor_split([len(cls_tokens)]))
+    @property
+    def _patch_part(self) -> str:
+        """The head that patches go through."""
+        return "ibot_head" if self.ibot_separate_head else "dino_head"
 
-    def _run_head(self, heads: nn.ModuleDict, network: str, part: str, tokens: Tensor) -> Tensor:
+    def _run_head(self, heads: nn.ModuleDict, network: str, part: str, *arguments: Any) -> Any:
         with self.precision.autocast(network, part):
-            return heads[part](tokens)
+            return heads[part](*arguments)
 
     @torch.no_grad()
     def update_teacher(self, m: float) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dinov2.loss import DINOLoss, iBOTPatchLoss
-from dinov2.loss.centering import joint_sinkhorn_knopp, sinkhorn_knopp
+from dinov2.loss.targets import joint_sinkhorn_knopp, sinkhorn_knopp
 from tests.distributed.launch import run_in_processes
 
 K, SIZES = 13, (5, 0, 8, 1)
@@ -21,7 +21,7 @@ def test_sinkhorn_of_chunks_is_that_of_their_rows():
     whole = sinkhorn_knopp(torch.cat(parts), 0.05).split(SIZES)
     joint = joint_sinkhorn_knopp(parts, 0.05)
     for expected, targets in zip(whole, joint, strict=True):
-        torch.testing.assert_close(targets(), expected, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(targets.dense(), expected, rtol=1e-4, atol=1e-7)
     apart = sinkhorn_knopp(parts[2], 0.05)
     assert (apart - whole[2]).abs().max() > 0.05, "the chunks do not matter to each other"
 
@@ -30,7 +30,7 @@ def test_sinkhorn_of_one_chunk_is_the_plain_one_to_the_bit():
     (part,) = chunks((6,))
     before = part.clone()
     (targets,) = joint_sinkhorn_knopp([part], 0.05)
-    assert torch.equal(targets(), sinkhorn_knopp(part, 0.05))
+    assert torch.equal(targets.dense(), sinkhorn_knopp(part, 0.05))
     assert torch.equal(part, before)
 
 
@@ -39,12 +39,12 @@ def test_several_chunks_are_kept_as_they_came():
     parts = [part.bfloat16() for part in chunks()]
     before = [part.clone() for part in parts]
     joint = joint_sinkhorn_knopp(parts, 0.05)
-    kept = [target.func.__self__ for target in joint]
+    kept = [target._make.func.__self__ for target in joint]
     for rows, part in zip(kept, parts, strict=True):
         large = [v for v in vars(rows).values() if isinstance(v, torch.Tensor) and v.ndim == 2]
         assert len(large) == 1 and large[0] is part
     for targets, part, original in zip(joint, parts, before, strict=True):
-        assert targets().dtype == torch.float32
+        assert targets.dense().dtype == torch.float32
         assert torch.equal(part, original)
 
 
@@ -56,7 +56,7 @@ def test_one_center_for_all_chunks_of_a_step(loss_class):
     parts = chunks()
     joint = loss.center_jointly(parts, 0.1)
     for targets, part in zip(joint, parts, strict=True):
-        torch.testing.assert_close(targets(), torch.softmax((part - center) / 0.1, dim=-1))
+        torch.testing.assert_close(targets.dense(), torch.softmax((part - center) / 0.1, dim=-1))
     assert torch.equal(loss.center.flatten(), center), "moved within the step"
     loss.apply_center_update()
     if loss_class is DINOLoss:
@@ -77,7 +77,7 @@ def targets_of_process(count):
         share = chunks(seed=step)[rank * count : (rank + 1) * count]
         ways = [joint_sinkhorn_knopp(share, 0.05), dino.center_jointly(share, 0.1)]
         ways.append(ibot.center_jointly(share, 0.1))
-        found.append([[targets().numpy() for targets in way] for way in ways])
+        found.append([[targets.dense().numpy() for targets in way] for way in ways])
     for loss in (dino, ibot):
         loss.apply_center_update()
     return found, dino.center.numpy(), ibot.center.numpy()

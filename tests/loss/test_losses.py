@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
-from dinov2.loss.centering import sinkhorn_knopp
+from dinov2.loss.targets import sinkhorn_knopp
 from tests.conftest import load_golden_json, load_golden_tensors
 
 CASES = load_golden_json("losses.json")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
-from dinov2.loss.centering import sinkhorn_knopp
+from dinov2.loss.targets import sinkhorn_knopp
 
 PACKAGES = [
     "lightly==1.5.22",

@@ -25,7 +25,8 @@ attention; the rest of a block is computed again, one block at a time.
 
 from dataclasses import dataclass
 
-from dinov2.train.planning.workload import NUM_GLOBAL_CROPS, HeadSizes, Workload
+from dinov2.loss.prototypes import BLOCK_BYTES
+from dinov2.train.planning.workload import HeadSizes, Workload
 
 FLOAT32 = 4
 INDEX = 8
@@ -95,22 +96,19 @@ def _checkpointed(work: Workload, block: int, c: int) -> int:
 
 @dataclass(frozen=True)
 class HeadMemory:
-    """Bytes of one head of the student or teacher in a micro-batch, and of the losses on its scores."""
+    """Bytes of one head of the student in a micro-batch, and of the losses on its scores."""
 
-    activations: int  # kept by the head for its backward pass
-    logits: int
-    kept_by_losses: int  # targets and log-probabilities
-    passing: int  # the largest copy that computing a loss makes for a moment
+    activations: int  # kept by the head for its backward pass, gradients of the losses among them
+    scoring: int  # while the losses are computed: the prototypes' float32 matrix, scores of a block of rows
 
 
 def head_memory(work: Workload, name: str, c: int) -> HeadMemory:
     """Return what a student's head and the losses on its scores take.
 
     Rows of tokens are joined in float32 and rounded (``4 d + c d``); every hidden layer keeps its result
-    before and after the GELU, the bottleneck its result before and after normalisation in float32. The
-    prototypes' matrix is computed from direction and gain. The losses work in float32: log-probabilities of
-    the student's rows, the teacher's targets, for local crops their sum over the two views, and one more
-    copy while a softmax is computed.
+    before and after the GELU, the bottleneck its result before normalisation and after it in float32. The
+    losses score a block of rows at a time and keep float32 gradients of the bottleneck and of the prototypes'
+    matrix, see :mod:`dinov2.loss.prototypes`.
 
     Args:
         work: a micro-batch.
@@ -118,25 +116,17 @@ def head_memory(work: Workload, name: str, c: int) -> HeadMemory:
         c: bytes of the number format of the head's matrix products.
     """
     head = work.heads[name]
-    cls_rows, patch_rows = work.rows(name, student=True)
-    rows = cls_rows + patch_rows
-    logits = rows * head.prototypes
-    per_row = _head_row(head, c)
-    rounded = head.prototypes * head.bottleneck * c
-    kept = logits + patch_rows * head.prototypes  # log-probabilities; targets of the patches
-    if cls_rows:
-        kept += (NUM_GLOBAL_CROPS + (1 if work.local_crops else 0)) * work.batch * head.prototypes
-    last_term = patch_rows if patch_rows else NUM_GLOBAL_CROPS * work.batch
+    rows = sum(work.rows(name, student=True))
+    matrix = head.prototypes * head.bottleneck
+    block = min(rows * head.prototypes * c, BLOCK_BYTES)
     return HeadMemory(
-        activations=rows * per_row + rounded,
-        logits=logits * c,
-        kept_by_losses=kept * FLOAT32,
-        passing=last_term * head.prototypes * FLOAT32,
+        activations=rows * _head_row(head, c) + matrix * FLOAT32 + head.prototypes * FLOAT32,
+        scoring=matrix * FLOAT32 + block,
     )
 
 
 def _head_row(head: HeadSizes, c: int) -> int:
     rounded_inputs = head.width * (FLOAT32 if c == FLOAT32 else c)
     hidden = 2 * c * head.hidden * (head.layers - 1)
-    bottleneck = head.bottleneck * (c + FLOAT32 + (c if c < FLOAT32 else 0)) + FLOAT32
+    bottleneck = head.bottleneck * (c + 2 * FLOAT32) + FLOAT32
     return rounded_inputs + hidden + bottleneck

@@ -2,10 +2,9 @@
 
 A step has moments at which memory can be highest; each is added up by part, and the highest is the peak:
 
-- ``targets``: the teacher's scores become targets; the student has not run yet. Sinkhorn-Knopp holds the
-  scores and three float32 matrices of their size for a moment (scaled, shifted, exponentials), centring two.
-- ``losses``: the student has run, everything for its backward pass is there, and so are scores, targets and
-  log-probabilities.
+- ``targets``: the teacher's scores become targets, a tile at a time; the student has not run yet.
+- ``losses``: the student has run, everything for its backward pass is there, and so are the teacher's scores,
+  the student's of one block of rows, and gradients of the prototypes.
 - ``heads done``: gradients of the heads exist, the backbone's activations still do.
 - ``optimizer``: all gradients exist, activations are gone, AdamW has one copy of its largest parameter group.
 
@@ -22,12 +21,15 @@ Communication needs buffers for two units, in the format of parameters and of re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dinov2.loss.tiles import TILE_BYTES
 from dinov2.train.planning.activations import FLOAT32, backbone_activations, head_memory
 from dinov2.train.planning.parameters import Networks, Part
-from dinov2.train.planning.workload import NUM_GLOBAL_CROPS, Workload
+from dinov2.train.planning.workload import Workload
 
 GIB = 2**30
 BUCKET_BYTES = FLOAT32 * 8 * 2**20  # of average_gradients
+
+TILES_ALIVE = 4  # of teacher and student, and what one operation on them makes
 
 # Not allocated by PyTorch: CUDA context, kernels and libraries; with several processes NCCL's buffers.
 CONTEXT_BYTES = int(0.8 * GIB)
@@ -127,7 +129,7 @@ def step_memory(work: Workload, networks: Networks, layout: Layout, *, processes
             "input batch": steps * kept.crops,
             "teacher, gathered or rounded": teacher_copies + buffers,
             "teacher scores": steps * sum(scores.values()),
-            "targets and their making": _making_targets(work, FLOAT32),
+            "tiles of targets": TILES_ALIVE * TILE_BYTES["cuda"],
         },
         "losses": {
             **static,
@@ -135,9 +137,9 @@ def step_memory(work: Workload, networks: Networks, layout: Layout, *, processes
             **waiting_or_gradients,
             "weights, gathered or rounded": sum(copies.values()) + teacher_stays + buffers,
             "heads": sum(head.activations for head in heads.values()),
-            "student scores": sum(head.logits for head in heads.values()),
-            "targets and log-probabilities": sum(head.kept_by_losses for head in heads.values())
-            + max(head.passing for head in heads.values()),
+            "teacher scores": sum(scores.values()),
+            "student scores of a block": max(head.scoring for head in heads.values()),
+            "tiles of targets": TILES_ALIVE * TILE_BYTES["cuda"],
         },
         "heads done": {
             **static,
@@ -196,12 +198,3 @@ def _accumulated(
 
 def _teacher_scores(work: Workload, name: str, c: int) -> int:
     return sum(work.rows(name, student=False)) * work.heads[name].prototypes * c
-
-
-def _making_targets(work: Workload, c: int) -> int:
-    """Bytes while the last targets are made, those of the patches where there are any."""
-    patch_head = work.ibot_head or work.dino_head
-    patches = work.masked_most * patch_head.prototypes * c if work.ibot else 0
-    cls = NUM_GLOBAL_CROPS * work.batch * work.dino_head.prototypes * c if work.dino else 0
-    copies = 3 if work.sinkhorn else 2
-    return cls + copies * patches if patches else copies * cls

@@ -55,11 +55,10 @@ def test_what_autograd_keeps(overrides, number_format):
     backbone = backbone_activations(work, size)
     expected = backbone.total + (0 if work.frozen_blocks or work.lora_rank else backbone.crops)
     for name in work.heads:
-        head = head_memory(work, name, size)
-        expected += head.activations + head.kept_by_losses
+        expected += head_memory(work, name, size).activations
     if size == 2:
         expected += sum(2 * part.cast for part in networks.parts)
-        # The prototypes' matrix is computed, and counted among the activations.
+        # The prototypes' matrix is rounded for the scores, and not kept.
         expected -= sum(2 * head.prototypes * head.bottleneck for head in work.heads.values())
         if work.frozen_blocks or work.lora_rank:  # what is below all that is trained is cast, but not kept
             expected -= 2 * model.student["backbone"].patch_embed.proj.weight.numel()
