@@ -3,6 +3,7 @@
 Parts are entered and left by hooks on the networks and by wrapping methods of the step, while
 :func:`instrument` is active; a part inside another does not count for the outer one. On a GPU every boundary
 waits for the device, so instrumented steps are slower than others and their sum says nothing; the shares do.
+The student's heads include the comparison with the prototypes and what of its gradient is made on the way.
 """
 
 import sys
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 OTHER = "other"
 TEACHER_BACKBONE, TEACHER_HEADS, TARGETS = "teacher backbone", "teacher heads", "targets (centering)"
-STUDENT_BACKBONE, STUDENT_HEADS, LOSSES = "student backbone", "student heads", "losses"
+STUDENT_BACKBONE, STUDENT_HEADS, LOSSES = "student backbone", "student heads, prototypes", "losses, rest"
 BACK_LOSSES, BACK_HEADS, BACK_BACKBONE = "backward: losses", "backward: heads", "backward: backbone"
 CLIP, OPTIMIZER, TEACHER_UPDATE = "clipping", "optimizer", "teacher update"
 PARTS = (TEACHER_BACKBONE, TEACHER_HEADS, TARGETS, STUDENT_BACKBONE, STUDENT_HEADS, LOSSES, BACK_LOSSES)
@@ -86,13 +87,8 @@ def instrument(model: nn.Module, optimizer: torch.optim.Optimizer, timer: PartTi
             for name, module in network.items():
                 _time_forward(undo, module, backbone if name == "backbone" else heads, timer)
         _mark_gradients(undo, model.student, timer)
-        targets = _timed(model.assign_targets, TARGETS, timer)
-
-        def assign_targets(*args: Any, **kwargs: Any) -> list[Callable[[], Any]]:
-            return [_timed(make, TARGETS, timer) for make in targets(*args, **kwargs)]
-
-        _replace(undo, model, "assign_targets", assign_targets)
         for owner, name, part in (
+            (model, "assign_targets", TARGETS),
             (model, "combine_losses", LOSSES),
             (model, "backprop_loss", BACK_LOSSES),
             (model, "update_teacher", TEACHER_UPDATE),

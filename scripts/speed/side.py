@@ -98,12 +98,7 @@ class Workbench:
                 for name, (number, side) in sizes.items()
             }
             samples.append((sample, ()))
-        self.batch = build_collate(self.cfg, self.model.precision.input_dtype)(samples)
-        if self.device.type == "cuda":
-            self.batch = {
-                name: value.pin_memory() if isinstance(value, torch.Tensor) else value
-                for name, value in self.batch.items()
-            }
+        self.batch = self._pinned(build_collate(self.cfg, self.model.precision.input_dtype)(samples))
         self._note("batch")
         return {"masked_patches": int(self.batch["n_masked_patches"])}
 
@@ -118,7 +113,7 @@ class Workbench:
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.model.student.load_state_dict(state["student"])
         self.model.teacher.load_state_dict(state["teacher"])
-        self.batch = state["batch"]
+        self.batch = self._pinned(state["batch"])
         return {}
 
     def losses(self) -> dict[str, Any]:
@@ -209,6 +204,15 @@ class Workbench:
         return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
 
     # Below, what a step is.
+
+    def _pinned(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch as the loader hands it over: for a GPU in memory that it can fetch by itself."""
+        if self.device.type != "cuda":
+            return batch
+        return {
+            name: value.pin_memory() if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
 
     def _timed(self, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         self.synchronize()

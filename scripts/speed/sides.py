@@ -1,5 +1,6 @@
 """Processes that do steps when asked, one at a time, and the two of them that are compared."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -72,7 +73,8 @@ class Side:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.requests.close()
+        with contextlib.suppress(BrokenPipeError):  # the process has ended by itself
+            self.requests.close()
         self.process.wait()
         self.answers.close()
 
