@@ -268,8 +268,8 @@ def other_drop_path(run):
 def ignore_masks(run):
     forward = run.student.forward
 
-    def without(x, masks=None, is_training=False):
-        return forward(x, masks=[None] * len(x) if isinstance(x, list) else None, is_training=is_training)
+    def without(x, masks=None, **options):
+        return forward(x, [None] * len(x) if isinstance(x, list) else None, **options)
 
     run.student.forward = without
 
