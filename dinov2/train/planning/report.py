@@ -295,8 +295,9 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     yield "arithmetic per image, GFLOP"
     for name, value in asdict(plan.flops).items():
-        yield f"  {name.replace('_', ' '):22} {value / 1e9:8.1f}"
-    yield f"  {'all':22} {plan.flops.executed / 1e9:8.1f}"
+        label, sign = ("left out, last block", -1) if name == "skipped" else (name.replace("_", " "), 1)
+        yield f"  {label:22} {sign * value / 1e9:8.1f}"
+    yield f"  {'computed':22} {plan.flops.executed / 1e9:8.1f}"
     yield ""
     yield f"speed at {100 * machine.mfu:g} % of {machine.tflops:g} TFLOP/s, if loading keeps up"
     yield f"  {1 / plan.step_seconds:.3g} steps/s, {plan.images_per_second:.0f} images/s on all GPUs"
