@@ -53,6 +53,7 @@ TRAINING_NAMES = {
 }
 HEALTH_GROUPS = {
     "k-NN on the labelled set": r"knn_.*",
+    "Patients by their slides": r"slide_.*",
     "Spread of the features": r"rankme|alpha_req|feature_std|mean_cosine|feature_norm",
     "Prototypes": r"(teacher_|student_)?prototype.*",
     "Drift from the starting backbone": r"drift_.*",
@@ -60,6 +61,7 @@ HEALTH_GROUPS = {
     "Other": r".*",
 }
 HEALTH_NAMES = {
+    "slide_auroc": "AUROC of patients, out of fold",
     "rankme": "RankMe",
     "alpha_req": "alpha-ReQ",
     "feature_std": "feature standard deviation",

@@ -161,7 +161,8 @@ def test_killed_twenty_times_with_all_its_processes_it_gives_the_same_files(comm
             if name:
                 (tmp_path / f"killed/state/{name[0]}.json").unlink()
     finished(launched(arguments))
-    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    made = {name: bytes for name, bytes in content(tmp_path / "killed").items() if name != "config.yaml"}
+    assert made == content(tmp_path / "whole")
     assert not list((tmp_path / "killed/.work").iterdir())
 
 
