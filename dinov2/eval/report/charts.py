@@ -629,9 +629,16 @@ def provenance(runs: Sequence[Run]) -> str:
 def _facts(result: Result) -> list[tuple[str, Any]]:
     summary = result.summary
     model = summary.get("model") or {}
+    if result.evaluation == "slides":  # it starts from features, whose backbone they may not tell
+        source = [
+            ("encoder", summary.get("encoder") or "not told by the bags"),
+            *((key, summary.get(key)) for key in ("aggregator", "target", "patients", "slides")),
+        ]
+    else:
+        source = [("weights", summary.get("pretrained_weights") or "none: a random network")]
     facts = [
         ("file", result.path.name),
-        ("weights", summary.get("pretrained_weights") or "none: a random network"),
+        *source,
         *model.items(),
         ("training set", summary.get("train_dataset")),
         ("judged by", result.row.get("dataset")),

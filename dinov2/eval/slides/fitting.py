@@ -222,17 +222,19 @@ def patient_logits(
     was_training = model.training
     model.eval()
     units = _units(patients, classes, reading)
-    found = [[] for _ in patients]
+    # Plain numbers: a small tensor kept per bag lies between the large ones in memory, which then grows by
+    # about a bag each time.
+    found: list[list[list[float]]] = [[] for _ in patients]
     for number, features in _read(units, range(len(units)), 0, reading, 0, _device(model)):
-        logits = model(features).logits.double().cpu()
+        logits = model(features).logits.double()
         if not logits.isfinite().all():
             raise DatasetError(
                 f'the logits of "{units[number].paths[0]}" are not finite: check its features, or lower '
                 "--learning-rate"
             )
-        found[units[number].patient].append(logits)
+        found[units[number].patient].append(logits.tolist())
     model.train(was_training)
-    return torch.stack([torch.stack(logits).mean(dim=0) for logits in found])
+    return torch.stack([torch.tensor(logits, dtype=torch.float64).mean(dim=0) for logits in found])
 
 
 def probabilities(logits: Tensor) -> Tensor:
