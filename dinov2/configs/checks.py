@@ -260,8 +260,44 @@ def labelled_images(values: Values) -> Iterator[Finding]:
         )
 
 
+def labelled_slides(values: Values) -> Iterator[Finding]:
+    keys = [f"evaluation.slides.{name}" for name in ("path", "labels", "target")]
+    named = [key for key in keys if values[key]]
+    missing = [key for key in keys if not values[key]]
+    if named and missing:
+        yield Finding(
+            f"{named[0]} is '{values[named[0]]}' but {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} empty: to score patients in the loop, name slides, a "
+            "table and its column, or leave all three empty"
+        )
+    if missing:
+        return
+    every, period = _monitor_period(values), values["evaluation.slides.period"]
+    if every <= 0:
+        yield Finding(
+            f"evaluation.slides.path is '{values['evaluation.slides.path']}' but nothing is evaluated in the "
+            f"loop (evaluation.monitor_period {values['evaluation.monitor_period']}): set a period, or leave "
+            "the slides out"
+        )
+    elif period is not None and period % every:
+        yield Finding(
+            f"evaluation.slides.period is {period}, which the {every} iterations between evaluations in the "
+            f"loop (evaluation.monitor_period) do not divide: {max(round(period / every), 1) * every} fits"
+        )
+
+
+def _monitor_period(values: Values) -> int:
+    period = values["evaluation.monitor_period"]
+    return values["evaluation.eval_period_iterations"] if period is None else period
+
+
 def best_iteration(values: Values) -> Iterator[Finding]:
     wanted, early = values["evaluation.best_checkpoint"], values["evaluation.early_stop"]
+    if wanted.startswith("slide_") and not values["evaluation.slides.path"]:
+        yield Finding(
+            f"evaluation.best_checkpoint is {wanted}, which needs slides: name them with "
+            "evaluation.slides.path, labels and target, or choose by rankme"
+        )
     if wanted.startswith("knn_") and not values["evaluation.val_dataset_path"]:
         yield Finding(
             f"evaluation.best_checkpoint is {wanted}, which needs labelled images: name them with "
@@ -272,9 +308,7 @@ def best_iteration(values: Values) -> Iterator[Finding]:
             "evaluation.early_stop is true but evaluation.best_checkpoint is none, so nothing tells when to "
             "stop: name a signal, or auto"
         )
-    period = values["evaluation.monitor_period"]
-    period = values["evaluation.eval_period_iterations"] if period is None else period
-    if early and period <= 0:
+    if early and _monitor_period(values) <= 0:
         yield Finding(
             f"evaluation.early_stop is true but nothing is evaluated in the loop (evaluation.monitor_period "
             f"{values['evaluation.monitor_period']}): set a period"
@@ -302,6 +336,7 @@ CHECKS: tuple[Callable[[Values], Iterator[Finding]], ...] = (
     frozen_parts,
     continuing,
     labelled_images,
+    labelled_slides,
     best_iteration,
     dead_keys,
 )

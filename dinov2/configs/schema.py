@@ -442,6 +442,46 @@ class Crops:
 
 
 @dataclass(kw_only=True)
+class EvaluationSlides:
+    path: str = setting(
+        "",
+        "Slides that patients are scored by in the loop: a folder, a pattern, a file, or a CSV with a line "
+        "per slide; empty for none",
+    )
+    labels: str = setting("", "CSV of their labels, with a line per slide: patient, slide, target")
+    target: str = setting("", "Column of the labels that holds the classes")
+    patient_column: str = setting("patient", "Column of the labels that names the patients")
+    slide_column: str = setting("slide", "Column of the labels that names the slides")
+    mpp: float = setting(0.5, "Resolution of the tiles", unit="um per pixel", above=0)
+    tile_size: int | None = setting(
+        None,
+        "Side of the tiles before they are scaled to crops.global_crops_size; null is that size",
+        unit="pixels",
+        at_least=1,
+    )
+    max_tiles: int = setting(64, "Tiles of a slide, drawn once and the same in all runs", at_least=1)
+    min_tissue: float = setting(0.25, "Least share of tissue in a tile", at_least=0, at_most=1)
+    assume_mpp: float | None = setting(
+        None,
+        "Resolution of the slides that state none; null refuses them",
+        unit="um per level-0 pixel",
+        above=0,
+    )
+    folds: int = setting(5, "Folds of the cross-validation of the patients", at_least=2)
+    aggregator: str = setting(
+        "mean",
+        "What scores patients: logistic regression on mean features (mean), or gated attention (abmil)",
+        choices=("mean", "abmil"),
+    )
+    period: int | None = setting(
+        None,
+        "Distance of scorings, a multiple of that of evaluations in the loop; null is each of them",
+        unit="iterations",
+        at_least=1,
+    )
+
+
+@dataclass(kw_only=True)
 class Evaluation:
     eval_period_iterations: int = setting(
         12500, "Distance of exports to eval/training_<iteration>; 0 or less for none", unit="iterations"
@@ -469,7 +509,15 @@ class Evaluation:
         "auto",
         "Signal by which the iteration to ship is chosen; auto is knn_balanced_accuracy where there are "
         "labels, else rankme; none chooses nothing",
-        choices=("auto", "none", "knn_balanced_accuracy", "knn_macro_f1", "knn_auroc", "rankme"),
+        choices=(
+            "auto",
+            "none",
+            "knn_balanced_accuracy",
+            "knn_macro_f1",
+            "knn_auroc",
+            "rankme",
+            "slide_auroc",
+        ),
     )
     early_stop: bool = setting(
         False, "End the run when the chosen signal has not become better for patience evaluations"
@@ -478,6 +526,7 @@ class Evaluation:
     on_collapse: str = setting(
         "warn", "What to do when the features collapse: warn, or stop the run", choices=("warn", "stop")
     )
+    slides: EvaluationSlides = field(default_factory=EvaluationSlides)
 
 
 @dataclass(kw_only=True)

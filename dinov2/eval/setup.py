@@ -12,6 +12,7 @@ from torch.backends import cudnn
 
 from dinov2.configs import dinov2_default_config
 from dinov2.errors import ConfigError
+from dinov2.eval.utils import computed_dtype, device_of
 from dinov2.models import build_model_from_cfg
 from dinov2.models.auto import AUTO, settle_architecture
 from dinov2.models.companions import same_constants
@@ -98,8 +99,9 @@ def _compare_normalisation(config: Any, weights: BackboneWeights) -> None:
 
 
 def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dtype]:
-    """Set up the process (config, log, process group, seeds) and return the model and its autocast dtype.
+    """Set up the process (config, log, process group, seeds) and return the model and its number format.
 
+    The format is the one that its device computes in, as results and stores name it.
     ``args.normalisation`` becomes ``mean`` and ``std`` of the config, for the transform of the images,
     ``args.path_map`` its ``train.path_map``, for the datasets, and ``args.model_config`` its ``student``.
     ``args.config`` is the config itself, before weights settled what it leaves open, for a second model.
@@ -111,4 +113,4 @@ def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dt
     args.config = copy.deepcopy(config)
     model = build_model_for_eval(config, args.pretrained_weights)
     args.model_config = OmegaConf.to_container(config.student)
-    return model, get_autocast_dtype(config)
+    return model, computed_dtype(device_of(model), get_autocast_dtype(config))

@@ -84,9 +84,18 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters(), torch.empty(0)).device
 
 
+def computed_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the number format that a device computes in where ``dtype`` is asked for.
+
+    A CPU takes float32 for float16.
+    """
+    return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
+
+
 def autocast_context(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return the context for a forward pass in ``dtype``; a CPU takes float32 for float16."""
-    enabled = dtype != torch.float32 and not (device.type == "cpu" and dtype == torch.float16)
+    """Return the context for a forward pass in the :func:`computed_dtype` of ``dtype``."""
+    dtype = computed_dtype(device, dtype)
+    enabled = dtype != torch.float32
     return torch.autocast(device.type, dtype=dtype if enabled else None, enabled=enabled)
 
 

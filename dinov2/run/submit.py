@@ -189,7 +189,7 @@ def _stated(value: int | None, default: int) -> int:
 def _independent_copy(args: argparse.Namespace) -> argparse.Namespace:
     """Return a copy with an output folder and without dependence on the current directory."""
     args = copy.deepcopy(args)
-    if args.config_file:
+    if getattr(args, "config_file", None):  # not all tasks have a config
         if not Path(args.config_file).is_file():
             raise ConfigError(f"the config file {args.config_file} does not exist: check --config-file")
         args.config_file = str(Path(args.config_file).resolve())

@@ -1,5 +1,6 @@
 """Submission, with jobs that really run through submitit on this machine."""
 
+import contextlib
 import copy
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 import submitit
 
 from dinov2.errors import ConfigError, OutputError
-from dinov2.run.eval import extract, knn, linear, log_regression
+from dinov2.run.eval import extract, knn, linear, log_regression, slides_extract, slides_train
 from dinov2.run.submit import Task, get_args_parser, get_shared_folder, submit_jobs
 from dinov2.run.train.train import Trainer
 from tests.conftest import REPO
@@ -76,6 +77,8 @@ def test_checkpoint_hands_over_the_same_arguments(tmp_path):
         (linear.Evaluator, "dinov2.eval.linear"),
         (log_regression.Evaluator, "dinov2.eval.log_regression"),
         (extract.Extractor, "dinov2.eval.extract"),
+        (slides_extract.SlideExtractor, "dinov2.eval.slides.extract"),
+        (slides_train.SlideTrainer, "dinov2.eval.slides.train"),
     ],
 )
 def test_a_task_calls_the_main_of_its_module_with_its_own_copy(task, module, monkeypatch, tmp_path):
@@ -337,7 +340,12 @@ def test_a_relative_config_file_does_not_depend_on_the_directory_of_the_job(tmp_
     assert seen == [(str(tmp_path / "c.yaml"), str(tmp_path / "out"))]
 
 
-SCRIPTS = ["train/train.py", *(f"eval/{name}.py" for name in ("knn", "linear", "log_regression", "extract"))]
+EVALUATIONS = ("knn", "linear", "log_regression", "extract", "slides_extract")
+SCRIPTS = ["train/train.py", *(f"eval/{name}.py" for name in EVALUATIONS)]
+NEEDED = {
+    "eval/extract.py": ["--dataset", "ImageFolder:root=x"],
+    "eval/slides_extract.py": ["--slides", "x"],
+}
 
 
 def mistaken_words(tmp_path):
@@ -346,14 +354,26 @@ def mistaken_words(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_entry_scripts_report_mistakes_in_one_sentence(script, tmp_path, monkeypatch, capsys):
-    needed = ["--dataset", "ImageFolder:root=x"] if script == "eval/extract.py" else []
-    monkeypatch.setattr(sys, "argv", [script, *mistaken_words(tmp_path), *needed])
+    monkeypatch.setattr(sys, "argv", [script, *mistaken_words(tmp_path), *NEEDED.get(script, [])])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(REPO / "dinov2" / "run" / script), run_name="__main__")
     assert stop.value.code == 1
     assert capsys.readouterr().err.strip() == (
         f"error: the config file {tmp_path / 'none.yaml'} does not exist: check --config-file"
     )
+
+
+def test_training_on_slides_is_submitted_as_one_process(tmp_path, monkeypatch, capsys):
+    script = str(REPO / "dinov2" / "run" / "eval" / "slides_train.py")
+    words = ["--bags", "b", "--labels", "l", "--target", "t", "--output-dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [script, *words, "--dry-run"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    assert "takes one process, and the job has 1 x 8: give --nodes 1" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [script, *words, "--dry-run", "--ngpus", "1", "--cluster", "slurm"])
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(script, run_name="__main__")
+    assert "#SBATCH --job-name=dinov2:slides_train" in capsys.readouterr().out
 
 
 def test_an_entry_script_starts_as_a_file_and_takes_the_package_beside_it(tmp_path):

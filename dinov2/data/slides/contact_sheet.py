@@ -106,6 +106,8 @@ def choose_rejected(plan: TilePlan, mask: TissueMask, repeated: Samples, *, min_
         f"tissue {plan.rejected_tissue[tile]:.0%}, ink/dust {removed[tile]:.0%}"
         if removed[tile] > LITTLE
         else f"tissue {plan.rejected_tissue[tile]:.0%} < {min_tissue:.0%}"
+        if min_tissue
+        else "no tissue"
         for tile in order
     ]
     corners = np.concatenate([repeated.corners[:repeats], plan.rejected[order]]).reshape(-1, 2)

@@ -259,12 +259,13 @@ def _heading(name: str, facts: dict, recipe: TilingRecipe) -> list[str]:
     width, height = facts["dimensions"]
     threshold = facts["saturation_threshold"]
     drawn_out = facts["n_tissue"] - facts["n_near_duplicates"] - facts["n_tiles"]
+    least = f"{recipe.min_tissue:.0%}" if recipe.min_tissue else "any"
     how = f"saturation above {threshold:.3f}" if threshold is not None else facts["tissue_source"]
     return [
         _plain(name),
         f"{width} x {height} px of {facts['slide_mpp']:g} um ({facts['mpp_source']}), {facts['backend']}; "
         f"tissue {facts['tissue_mm2']:g} mm2 ({how})",
         f"{facts['n_tiles']} tiles of {recipe.size} px at {recipe.mpp:g} um, overlap {recipe.overlap} px; "
-        f"{facts['n_tissue']} of {facts['n_grid']} places hold {recipe.min_tissue:.0%} tissue; "
+        f"{facts['n_tissue']} of {facts['n_grid']} places hold {least} tissue; "
         f"{facts['n_near_duplicates']} near duplicates; {drawn_out} dropped by --max-tiles",
     ]

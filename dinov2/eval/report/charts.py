@@ -53,6 +53,7 @@ TRAINING_NAMES = {
 }
 HEALTH_GROUPS = {
     "k-NN on the labelled set": r"knn_.*",
+    "Patients by their slides": r"slide_.*",
     "Spread of the features": r"rankme|alpha_req|feature_std|mean_cosine|feature_norm",
     "Prototypes": r"(teacher_|student_)?prototype.*",
     "Drift from the starting backbone": r"drift_.*",
@@ -60,6 +61,7 @@ HEALTH_GROUPS = {
     "Other": r".*",
 }
 HEALTH_NAMES = {
+    "slide_auroc": "AUROC of patients, out of fold",
     "rankme": "RankMe",
     "alpha_req": "alpha-ReQ",
     "feature_std": "feature standard deviation",
@@ -627,9 +629,16 @@ def provenance(runs: Sequence[Run]) -> str:
 def _facts(result: Result) -> list[tuple[str, Any]]:
     summary = result.summary
     model = summary.get("model") or {}
+    if result.evaluation == "slides":  # it starts from features, whose backbone they may not tell
+        source = [
+            ("encoder", summary.get("encoder") or "not told by the bags"),
+            *((key, summary.get(key)) for key in ("aggregator", "target", "patients", "slides")),
+        ]
+    else:
+        source = [("weights", summary.get("pretrained_weights") or "none: a random network")]
     facts = [
         ("file", result.path.name),
-        ("weights", summary.get("pretrained_weights") or "none: a random network"),
+        *source,
         *model.items(),
         ("training set", summary.get("train_dataset")),
         ("judged by", result.row.get("dataset")),

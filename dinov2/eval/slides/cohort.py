@@ -5,7 +5,7 @@ What is wrong with the tables and bags is gathered, so that all of it is said be
 
 import csv
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,14 +90,39 @@ class Problems:
             raise DatasetError("the patients cannot be used as they are:\n" + "\n".join(lines))
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A patient of a table of labels: name, class, and the names of the slides that were found, in order."""
+
+    name: str
+    label: str
+    slides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the slides of a table are looked for in.
+
+    Attributes:
+        names: of the slides that are there.
+        kind: what each is there, in a sentence: ``bag`` or ``file``.
+        source: where they are, as the user named it.
+        remedy: what to do about one that is missing.
+    """
+
+    names: Container[str]
+    kind: str
+    source: str
+    remedy: str
+
+
 def read_cohort(labels: str | Path, bags: str | Path, columns: Columns, problems: Problems) -> Cohort:
     """Return the patients of a table of labels with the bags of their slides.
 
-    The table is a CSV with a line for each slide: columns for the patient, the slide and the target. A slide
-    is named as its bag, with or without one of ``SUFFIXES``. Bags that the table does not name are left out.
+    Bags that the table does not name are left out.
 
     Args:
-        labels: the CSV.
+        labels: the CSV, see :func:`read_patients`.
         bags: the folder, see :func:`~dinov2.eval.slides.bags.find_bags`.
         columns: the names of the columns.
         problems: takes what is wrong with patients, labels and bags; the cohort is of use if that is nothing.
@@ -107,6 +132,42 @@ def read_cohort(labels: str | Path, bags: str | Path, columns: Columns, problems
     """
     rows = _read_rows(Path(labels), columns)
     found = find_bags(bags)
+    material = Material(found, "bag", str(bags), "extract them, or delete their lines")
+    patients = tuple(
+        Patient(listed.name, listed.label, tuple(found[slide] for slide in listed.slides))
+        for listed in _patients_of(rows, labels, columns, material, problems)
+    )
+    return Cohort(patients, *_common_facts([path for patient in patients for path in patient.bags], problems))
+
+
+def read_patients(
+    labels: str | Path, columns: Columns, material: Material, problems: Problems
+) -> list[Listed]:
+    """Return the patients of a table of labels, in the order of their names.
+
+    The table is a CSV with a line for each slide: columns for the patient, the slide and the target. A slide
+    is named as its file, with or without one of ``SUFFIXES``.
+
+    Args:
+        labels: the CSV.
+        columns: the names of the columns.
+        material: the slides that are there.
+        problems: takes what is wrong with patients, labels and slides; the patients are of use if that is
+            nothing.
+
+    Raises:
+        DatasetError: the table cannot be read, lacks a column or names no patient.
+    """
+    return _patients_of(_read_rows(Path(labels), columns), labels, columns, material, problems)
+
+
+def _patients_of(
+    rows: Sequence[tuple[int, tuple[str, str, str]]],
+    labels: str | Path,
+    columns: Columns,
+    material: Material,
+    problems: Problems,
+) -> list[Listed]:
     labels_of, slides_of, patients_of = defaultdict(set), defaultdict(set), defaultdict(set)
     written_of = defaultdict(set)
     for line, (patient, slide, label) in rows:
@@ -119,10 +180,10 @@ def read_cohort(labels: str | Path, bags: str | Path, columns: Columns, problems
                 f"{slide} of patient {patient} (line {line})",
             )
             continue
-        name = slide if slide in found else _without_suffix(slide)
-        if name not in found:
+        name = slide if slide in material.names else _without_suffix(slide)
+        if name not in material.names:
             problems.add(
-                f'slides without a bag in "{bags}" (extract them, or delete their lines)',
+                f'slides without a {material.kind} in "{material.source}" ({material.remedy})',
                 f"{slide} of patient {patient}",
             )
         labels_of[patient].add(label)
@@ -135,23 +196,26 @@ def read_cohort(labels: str | Path, bags: str | Path, columns: Columns, problems
     for slide, names in written_of.items():
         if len(names) > 1:
             problems.add(
-                f'slides of "{labels}" that share a bag (give each its own, or name the slide once)',
-                f"{', '.join(sorted(names))} (bag {slide})",
+                f'slides of "{labels}" that share a {material.kind} (give each its own, or name the slide '
+                "once)",
+                f"{', '.join(sorted(names))} ({material.kind} {slide})",
             )
     for patient, values in labels_of.items():
         if len(values) > 1:
             problems.add("patients with contradictory labels", f"{patient} ({', '.join(sorted(values))})")
-    patients = tuple(
-        Patient(name, min(values), tuple(found[slide] for slide in sorted(slides_of[name]) if slide in found))
+    patients = [
+        Listed(
+            name, min(values), tuple(slide for slide in sorted(slides_of[name]) if slide in material.names)
+        )
         for name, values in sorted(labels_of.items())
-    )
+    ]
     if not patients and not problems:
         raise DatasetError(f'"{labels}" names no patient: give a line for each slide below the header')
-    return Cohort(patients, *_common_facts([path for patient in patients for path in patient.bags], problems))
+    return patients
 
 
-def check_classes(cohort: Cohort, folds: int, problems: Problems) -> None:
-    """Note a cohort of one class, and classes too small for so many folds."""
+def check_classes(cohort: Cohort, folds: int, problems: Problems, option: str = "--folds") -> None:
+    """Note a cohort of one class, and classes too small for so many folds, which ``option`` sets."""
     classes = cohort.classes()
     if len(classes) == 1:
         problems.add("all patients are of one class, and two are needed", classes[0])
@@ -159,7 +223,7 @@ def check_classes(cohort: Cohort, folds: int, problems: Problems) -> None:
         count = sum(patient.label == name for patient in cohort.patients)
         if count < folds:
             problems.add(
-                f"classes with fewer patients than the {folds} folds (use fewer --folds)",
+                f"classes with fewer patients than the {folds} folds (lower {option})",
                 f"{name} ({count})",
             )
 

@@ -45,6 +45,14 @@ class BagReading:
     workers: int = 0
     seed: int = 0
 
+    def features_of(self, path: Path) -> Tensor:
+        """Return the features (N, D) of a bag, in the format in which they travel.
+
+        Raises:
+            DatasetError: it cannot be read.
+        """
+        return read_bag(path, dtype=torch.float16 if self.half else torch.float32).features
+
 
 @dataclass(frozen=True)
 class FitOptions:
@@ -105,8 +113,7 @@ class _BagFiles(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor]:
         epoch, number = key
-        dtype = torch.float16 if self.reading.half else torch.float32
-        parts = [read_bag(path, dtype=dtype).features for path in self.units[number].paths]
+        parts = [self.reading.features_of(path) for path in self.units[number].paths]
         features = parts[0] if len(parts) == 1 else torch.cat(parts)
         if 0 < self.max_tiles < len(features):
             generator = np.random.default_rng([self.reading.seed, epoch, number])
@@ -153,6 +160,8 @@ def fit(
     classes: Sequence[str],
     options: FitOptions,
     reading: BagReading,
+    *,
+    level: int = logging.INFO,
 ) -> Fitted:
     """Train a model in place, one bag a step, and leave it with the weights of its best epoch.
 
@@ -163,6 +172,8 @@ def fit(
         model: maps features (N, D) to :class:`~dinov2.eval.slides.aggregators.Aggregated`, on its device.
         train, val: the patients.
         classes: their names, in order; of two the second is the positive one.
+        options, reading: how.
+        level: of the line about each epoch in the log.
 
     Raises:
         DatasetError: a bag cannot be read, or the loss is not finite.
@@ -182,7 +193,8 @@ def fit(
         logits = patient_logits(model, val, classes, reading)
         judged = _judge(logits, val, classes, weights)
         history.append({"train_loss": sum(losses) / len(train), **judged})
-        logger.info("epoch %d: %s", epoch, ", ".join(f"{k} {v:.4f}" for k, v in history[-1].items()))
+        told = ", ".join(f"{k} {v:.4f}" for k, v in history[-1].items())
+        logger.log(level, "epoch %d: %s", epoch, told)
         value = judged["val_loss"]
         # Without both classes there is no area: such validation patients go by the loss.
         if options.select_by == "auroc" and math.isfinite(judged["val_auroc"]):
@@ -210,17 +222,19 @@ def patient_logits(
     was_training = model.training
     model.eval()
     units = _units(patients, classes, reading)
-    found = [[] for _ in patients]
+    # Plain numbers: a small tensor kept per bag lies between the large ones in memory, which then grows by
+    # about a bag each time.
+    found: list[list[list[float]]] = [[] for _ in patients]
     for number, features in _read(units, range(len(units)), 0, reading, 0, _device(model)):
-        logits = model(features).logits.double().cpu()
+        logits = model(features).logits.double()
         if not logits.isfinite().all():
             raise DatasetError(
                 f'the logits of "{units[number].paths[0]}" are not finite: check its features, or lower '
                 "--learning-rate"
             )
-        found[units[number].patient].append(logits)
+        found[units[number].patient].append(logits.tolist())
     model.train(was_training)
-    return torch.stack([torch.stack(logits).mean(dim=0) for logits in found])
+    return torch.stack([torch.tensor(logits, dtype=torch.float64).mean(dim=0) for logits in found])
 
 
 def probabilities(logits: Tensor) -> Tensor:

@@ -28,11 +28,13 @@ class ScoutingOrder:
         recipe: which tiles.
         backend: library that reads slides, see :func:`~dinov2.data.slides.reader.open_slide`.
         assumed_mpp: um per level-0 pixel of slides that do not say; None refuses them.
+        try_tiles: read every tile, so that one that cannot be read is found out now.
     """
 
     recipe: TilingRecipe
     backend: str = "auto"
     assumed_mpp: float | None = None
+    try_tiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ def _scouted(entry: SlideEntry, order: ScoutingOrder) -> Scouted:
     with open_slide(entry.path, mpp=entry.mpp, backend=order.backend, assumed_mpp=order.assumed_mpp) as slide:
         found = survey(slide, entry, recipe)
         kept = draw_tiles(found.plan, entry.name, recipe)
+        if order.try_tiles:
+            for x, y in kept.corners.tolist():
+                slide.read(x, y, recipe.size, recipe.mpp)
         repeats = np.full(len(found.plan), -1, np.int64)
         facts = facts_of(slide, found, kept, repeats, recipe)
         page = io.BytesIO()

@@ -87,9 +87,11 @@ class _Patients:
         return self.patients[index].name
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = argparse.ArgumentParser(description="Patient-level evaluation of tile features on slides")
+    parser = argparse.ArgumentParser(
+        description="Patient-level evaluation of tile features on slides", add_help=add_help
+    )
     parser.add_argument("--bags", required=True, help="Folder of bags, see dinov2.eval.slides.extract")
     parser.add_argument("--labels", required=True, help="CSV with a line per slide: patient, slide, target")
     parser.add_argument("--target", required=True, help="Column of the classes")

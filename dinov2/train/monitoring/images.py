@@ -27,6 +27,7 @@ from dinov2.data.workers import seed_worker, worker_generator, worker_options
 from dinov2.errors import DatasetError
 from dinov2.eval.data import make_labelled_datasets
 from dinov2.train.input import build_dataset, no_target, require_same_length
+from dinov2.train.monitoring.slides import SlideSet, open_slide_set
 
 logger = logging.getLogger("dinov2")
 
@@ -50,10 +51,11 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Sources:
-    """Opened datasets of which nothing has been read yet; ``labelled`` is None without labels."""
+    """Opened datasets of which nothing is in memory yet; those that are not asked for are None."""
 
     monitored: Dataset
     labelled: Labelled | None
+    slides: SlideSet | None = None
 
 
 def monitor_period(cfg: DictConfig) -> int:
@@ -66,7 +68,7 @@ def open_sources(cfg: DictConfig) -> Sources | None:
     """Open what evaluations in the loop need; None if there are to be none. All processes call this.
 
     Raises:
-        DatasetError: A dataset is wrong, or the labels cannot be used.
+        DatasetError: A dataset is wrong, or labels or slides cannot be used.
     """
     if not monitor_period(cfg):
         return None
@@ -82,7 +84,9 @@ def open_sources(cfg: DictConfig) -> Sources | None:
         dataset = build_dataset(cfg, augmentation=transform)
     require_same_length(dataset, "set of evaluation.monitor_dataset_path")
     return Sources(
-        _Replacing(_chosen(dataset, cfg.evaluation.monitor_samples)), _open_labelled(cfg, transform)
+        _Replacing(_chosen(dataset, cfg.evaluation.monitor_samples)),
+        _open_labelled(cfg, transform),
+        open_slide_set(cfg, transform),
     )
 
 
@@ -201,7 +205,8 @@ class Images:
             raise DatasetError(
                 f"{self.count} images of {size} px, as evaluations in the loop keep them, take "
                 f"{held / 2**30:.0f} GiB in each of {world} processes: name fewer, a few hundred or thousand "
-                "are enough for evaluation.monitor_samples, train_dataset_path and val_dataset_path"
+                "are enough for evaluation.monitor_samples, train_dataset_path and val_dataset_path, and as "
+                "tiles of all slides (evaluation.slides.max_tiles of each)"
             )
         loader = WatchedLoader(
             dataset,

@@ -27,6 +27,8 @@ from dinov2.train.monitoring.images import Images, Sources, monitor_period
 from dinov2.train.monitoring.judge import Decision, Judge
 from dinov2.train.monitoring.probe import cls_features, prototype_signals, untouched
 from dinov2.train.monitoring.records import RECORDS_FILE, START_FILE, Record, append_record, read_records
+from dinov2.train.monitoring.slides import SLIDE_AUROC, mark_of, slide_scores
+from dinov2.train.run_length import total_iterations
 from dinov2.train.run_state import drop_rows_from
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -80,8 +82,13 @@ class Monitor:
         if self.labelled is not None:
             self.images |= {role: Images(cfg, data) for role, data in self.labelled.datasets.items()}
             (self.k,) = usable_ks([self.k], self.images["train"].count)
+        self.slides, self.tiles = sources.slides, None
+        if self.slides is not None:
+            self.tiles = Images(cfg, self.slides.tiles)
+            self.slides.tiles.close()
         self.mark = self._mark()
         counts = ", ".join(f"{images.count} {role}" for role, images in self.images.items())
+        counts += "" if self.tiles is None else f", {self.tiles.count} tiles of slides"
         logger.info("images of evaluations in the loop: %s, read in %.1f s", counts, time.monotonic() - began)
 
     def begin(self, done: int, *, continues: bool, teacher_temp: float) -> Decision:
@@ -121,8 +128,8 @@ class Monitor:
         alike = [record for record in known if record.images == self.mark]
         if len(alike) < len(known):
             logger.warning(
-                "%d of %d evaluations of this run were of other images, labels or evaluation.nb_knn: later "
-                "ones are not compared with them",
+                "%d of %d evaluations of this run were of other images, labels, slides or evaluation.nb_knn: "
+                "later ones are not compared with them",
                 *(len(known) - len(alike), len(known)),
             )
         self.records = distributed.broadcast_object(alike)
@@ -135,11 +142,19 @@ class Monitor:
         if self.labelled is not None:
             for role, labels in sorted(self.labelled.labels.items()):
                 mark.update(role.encode() + labels.numpy().tobytes())
+        if self.slides is not None:
+            mark.update(f"slides {self.tiles.digest} {mark_of(self.cfg, self.slides)}".encode())
         return mark.hexdigest()
 
     def due(self, done: int, *, is_last: bool = False) -> bool:
         """Tell whether to evaluate after so many iterations."""
         return is_last or done % self.period == 0
+
+    def _slides_due(self, done: int) -> bool:
+        """Tell whether slides are scored in an evaluation after so many iterations: at both ends, too."""
+        if self.slides is None:
+            return False
+        return done % (self.cfg.evaluation.slides.period or 1) == 0 or done >= total_iterations(self.cfg)
 
     def evaluate(self, done: int, teacher_temp: float) -> Decision:
         """Evaluate both networks, write a record and return how to go on; training goes on as without.
@@ -167,6 +182,9 @@ class Monitor:
                 for role, images in self.images.items():
                     self.announce(f"evaluating after {done} iterations: {network}, {role} images")
                     features[network][role] = cls_features(self.model, network, images)
+            if self._slides_due(done):
+                self.announce(f"evaluating after {done} iterations: teacher, tiles of slides")
+                features["teacher"]["slides"] = cls_features(self.model, "teacher", self.tiles)
             monitored = {network: features[network]["monitored"] for network in NETWORKS}
             prototypes = prototype_signals(
                 self.model, monitored, teacher_temp, self.cfg.evaluation.batch_size
@@ -198,6 +216,10 @@ class Monitor:
                 scores, ends = self._knn(own)
                 signals |= {f"{prefix}knn_{name}": value for name, value in scores.items()}
                 intervals |= {f"{prefix}knn_{name}": value for name, value in ends.items()}
+            if "slides" in own:
+                scores, ends = slide_scores(self.cfg, self.slides, own["slides"])
+                signals |= scores
+                intervals |= ends
             found = health.feature_signals(own["monitored"])
             signals |= {f"{prefix}{name}": value for name, value in found.items()}
         signals |= prototypes
@@ -269,6 +291,9 @@ def _in_words(record: Record, width: int, seconds: float) -> str:
     if "knn_balanced_accuracy" in signals:
         low, high = record.intervals.get("knn_balanced_accuracy", (math.nan, math.nan))
         words.append(f"k-NN balanced accuracy {signals['knn_balanced_accuracy']:.4f} ({low:.4f}..{high:.4f})")
+    if SLIDE_AUROC in signals:
+        low, high = record.intervals.get(SLIDE_AUROC, (math.nan, math.nan))
+        words.append(f"slide AUROC {signals[SLIDE_AUROC]:.4f} ({low:.4f}..{high:.4f})")
     share = signals["feature_std"] * math.sqrt(width)
     words += [
         f"RankMe {signals['rankme']:.1f}",

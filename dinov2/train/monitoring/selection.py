@@ -152,6 +152,10 @@ def describe(choice: Choice, records: Sequence[Record]) -> str:
             sentences.append(
                 "The labelled images have taken part in this choice: report scores on others that have not."
             )
+        elif choice.signal.startswith("slide_"):
+            sentences.append(
+                "The patients have taken part in this choice: report scores on others that have not."
+            )
     collapsed = [record for record in ordered if record.collapse]
     if collapsed:
         sentences.append(
@@ -183,6 +187,7 @@ def in_words(signal: str) -> str:
         "knn_accuracy": "k-NN accuracy",
         "knn_macro_f1": "k-NN macro F1",
         "knn_auroc": "k-NN AUROC",
+        "slide_auroc": "slide AUROC",
     }
     return names.get(signal, signal.replace("_", " "))
 

@@ -14,6 +14,7 @@ from dinov2.train.monitoring.collapse import find_collapse, worse_than_start
 from dinov2.train.monitoring.judge import Decision, Judge
 from dinov2.train.monitoring.records import Record
 from dinov2.train.monitoring.selection import Choice, Selection, describe, name_of
+from dinov2.train.monitoring.slides import SLIDE_AUROC
 from dinov2.train.run_state import export_to
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -54,7 +55,7 @@ class RunJudge(Judge):
                 "centring and the temperatures of the teacher",
                 *(done, "; ".join(newest.collapse)),
             )
-        worse = worse_than_start(newest, start)
+        worse = worse_than_start(newest, start) or worse_than_start(newest, start, SLIDE_AUROC)
         if new and worse:
             logger.warning("after %d iterations the features are WORSE than at the start: %s", done, worse)
         choice = self._choose(records, at)

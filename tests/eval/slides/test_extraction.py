@@ -23,6 +23,7 @@ from tests.conftest import REAL_DATA
 from tests.data.slides.conftest import halved, write_tiff
 from tests.data.slides.drawn_slide import draw_slide, write_pyramid
 from tests.eval.slides.conftest import NORMALISATION, SVS, encoder_of, entry, features_by_hand
+from tests.eval.slides.dicom import write_dicom
 
 MPP = 0.499
 
@@ -359,3 +360,18 @@ def test_tiles_are_resized_for_the_model_only_on_demand():
     tile = Image.fromarray(np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8))
     assert make_tile_transform(256, None, **NORMALISATION)(tile).shape == (3, 256, 256)
     assert make_tile_transform(256, 224, **NORMALISATION)(tile).shape == (3, 224, 224)
+
+
+def test_a_dicom_slide_is_read_by_one_of_its_files(extraction, tiny_backbone, pixels, tmp_path):
+    """A file per level, in JPEG frames; windows are cut from what OpenSlide makes of the whole level."""
+    import openslide
+
+    path = write_dicom(tmp_path / "dicom", pixels[1000:1900, 700:1700], MPP)
+    (record,) = extract_all(extraction(path))
+    assert (record["status"], record["slide"], record["backend"]) == ("done", "level0", "openslide")
+    assert record["slide_mpp"] == pytest.approx(MPP, abs=1e-4) and record["dimensions"] == [1000, 900]
+    bag = read_bag(tmp_path / "bags/h5_files/level0.h5")
+    with openslide.OpenSlide(str(path)) as slide:
+        whole = np.asarray(slide.read_region((0, 0), 0, (1000, 900)).convert("RGB"))
+    expected = features_by_hand(tiny_backbone, windows_of(whole, bag.coords.tolist(), 224))
+    assert len(bag) > 4 and (bag.features - expected).abs().max() < 1e-5

@@ -10,6 +10,8 @@ import torch
 
 from dinov2.errors import ConfigError, DatasetError
 from dinov2.eval.predictions import read_predictions
+from dinov2.eval.report import charts
+from dinov2.eval.report.collect import collect
 from dinov2.eval.slides import train
 from dinov2.eval.slides.aggregators import recipe_of
 from dinov2.eval.slides.cohort import Cohort, Columns, Patient, Problems, read_cohort
@@ -363,3 +365,8 @@ def test_shuffled_labels_are_not_learned(tmp_path):
 
 def test_recipes_are_those_documented():
     assert recipe_of("transformer")[1:4] == (2e-5, 2e-5, 8)
+
+
+def test_a_report_does_not_take_features_without_a_name_for_a_random_network(trained):
+    shown = charts.provenance([collect(trained, "run")])
+    assert "not told by the bags" in shown and "random network" not in shown
