@@ -4,17 +4,32 @@ import pytest
 
 from scripts.choose_iteration import planned_runs, run_once
 
-PERIOD, ITERATIONS = 25, 400
-BROKEN = ("lr_x1000", "no_centering")
+PERIOD, SEEDS = 20, [0, 1, 2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", planned_runs([0, 1, 2], ITERATIONS), ids=lambda run: run.name)
-def test_verdicts_of_whole_runs(run, tmp_path):
-    _, outcome = run_once(tmp_path, run, PERIOD)
-    if run.kind in BROKEN:
-        assert outcome.collapsed[0] == PERIOD, outcome
-        return
+@pytest.mark.parametrize("run", planned_runs(["lr_x1000", "no_centering"], SEEDS, 2 * PERIOD), ids=str)
+def test_a_collapse_is_called_at_the_first_evaluation(run, tmp_path):
+    records, outcome = run_once(tmp_path, run, PERIOD)
+    assert outcome.collapsed == [PERIOD, 2 * PERIOD], outcome
+    # The verdict of the run itself, as it stands in its file.
+    assert [bool(record.collapse) for record in records] == [False, True, True]
+    assert outcome.chosen == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", planned_runs(["healthy"], SEEDS, 5 * PERIOD), ids=str)
+def test_healthy_runs_are_not_called_collapsed(run, tmp_path):
+    records, outcome = run_once(tmp_path, run, PERIOD)
     assert outcome.collapsed == [] and outcome.worse == [], outcome
+    assert not any(record.collapse for record in records)
+    assert outcome.chosen > 0 and outcome.within, outcome
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", planned_runs(["overtrained"], SEEDS, 480), ids=str)
+def test_the_choice_is_within_the_interval_of_the_best_in_hindsight(run, tmp_path):
+    _, outcome = run_once(tmp_path, run, 40)
+    assert outcome.collapsed == [], outcome
     assert outcome.chosen > 0 and outcome.within, outcome
     assert outcome.test_accuracy is not None
