@@ -23,7 +23,7 @@ from dinov2.eval.neighbors import knn_predict, usable_ks
 from dinov2.eval.results import SEED
 from dinov2.eval.scores import DRAWS, Predictions, bootstrap, interval, score
 from dinov2.fsdp.files import UNREADABLE, write_atomically
-from dinov2.train.monitoring.images import Images, Sources, monitor_period
+from dinov2.train.monitoring.images import Images, Sources, monitor_period, require_room
 from dinov2.train.monitoring.judge import Decision, Judge
 from dinov2.train.monitoring.probe import cls_features, prototype_signals, untouched
 from dinov2.train.monitoring.records import RECORDS_FILE, START_FILE, Record, append_record, read_records
@@ -74,11 +74,12 @@ class Monitor:
         self.start_features: Tensor | None = None
         announce("reading the images of evaluations in the loop")
         began = time.monotonic()
-        self.images = {"monitored": Images(cfg, sources.monitored)}
         self.labelled = sources.labelled
+        datasets = {"monitored": sources.monitored} | (self.labelled.datasets if self.labelled else {})
+        require_room(cfg, datasets.values())
+        self.images = {role: Images(cfg, data) for role, data in datasets.items()}
         self.k = cfg.evaluation.nb_knn
         if self.labelled is not None:
-            self.images |= {role: Images(cfg, data) for role, data in self.labelled.datasets.items()}
             (self.k,) = usable_ks([self.k], self.images["train"].count)
         self.mark = self._mark()
         counts = ", ".join(f"{images.count} {role}" for role, images in self.images.items())
