@@ -4,21 +4,22 @@ import pytest
 
 from scripts.choose_iteration import planned_runs, run_once
 
-PERIOD, SEEDS = 20, [0, 1, 2]
+PERIOD = 50  # the recipe's own; at iteration 20, in the warm-up, lr x 1000 is but worse than the start
+SEEDS = [0, 1, 2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", planned_runs(["lr_x1000", "no_centering"], SEEDS, 2 * PERIOD), ids=str)
+@pytest.mark.parametrize("run", planned_runs(["lr_x1000", "no_centering"], SEEDS, PERIOD), ids=str)
 def test_a_collapse_is_called_at_the_first_evaluation(run, tmp_path):
     records, outcome = run_once(tmp_path, run, PERIOD)
-    assert outcome.collapsed == [PERIOD, 2 * PERIOD], outcome
+    assert outcome.collapsed == [PERIOD], outcome
     # The verdict of the run itself, as it stands in its file.
-    assert [bool(record.collapse) for record in records] == [False, True, True]
+    assert [bool(record.collapse) for record in records] == [False, True]
     assert outcome.chosen == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", planned_runs(["healthy"], SEEDS, 5 * PERIOD), ids=str)
+@pytest.mark.parametrize("run", planned_runs(["healthy"], SEEDS, 2 * PERIOD), ids=str)
 def test_healthy_runs_are_not_called_collapsed(run, tmp_path):
     records, outcome = run_once(tmp_path, run, PERIOD)
     assert outcome.collapsed == [] and outcome.worse == [], outcome
