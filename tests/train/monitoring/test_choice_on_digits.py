@@ -4,17 +4,26 @@ import pytest
 
 from scripts.choose_iteration import planned_runs, run_once
 
-PERIOD = 50  # the recipe's own; at iteration 20, in the warm-up, lr x 1000 is but worse than the start
+PERIOD = 50  # the recipe's own
 SEEDS = [0, 1, 2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", planned_runs(["lr_x1000", "no_centering"], SEEDS, PERIOD), ids=str)
-def test_a_collapse_is_called_at_the_first_evaluation(run, tmp_path):
+def test_a_run_without_centring_is_called_collapsed_at_the_first_evaluation(tmp_path):
+    (run,) = planned_runs(["no_centering"], SEEDS, PERIOD)
     records, outcome = run_once(tmp_path, run, PERIOD)
     assert outcome.collapsed == [PERIOD], outcome
     # The verdict of the run itself, as it stands in its file.
     assert [bool(record.collapse) for record in records] == [False, True]
+    assert outcome.chosen == 0
+
+
+@pytest.mark.slow
+def test_a_learning_rate_times_1000_is_called_worse_or_collapsed_at_the_first_evaluation(tmp_path):
+    (run,) = planned_runs(["lr_x1000"], SEEDS, PERIOD)
+    _, outcome = run_once(tmp_path, run, PERIOD)
+    # Not always collapsed: the network begins with features that are nearly alike, see docs/evaluation.md.
+    assert PERIOD in outcome.collapsed + outcome.worse, outcome
     assert outcome.chosen == 0
 
 
