@@ -53,6 +53,10 @@ class WeightsError(UserError, RuntimeError):
     """A weight file cannot be read or does not fit the model."""
 
 
+class CollapsedError(UserError, RuntimeError):
+    """A run was ended because its features collapsed; its files are those of an end."""
+
+
 class OutputError(UserError, OSError):
     """The output directory cannot be used."""
 

@@ -524,7 +524,7 @@ class Evaluation:
     )
     patience: int = setting(5, "Evaluations without a gain after which early_stop ends the run", at_least=1)
     on_collapse: str = setting(
-        "warn", "What to do when the features collapse: warn, or stop the run", choices=("warn", "stop")
+        "warn", "What to do when the features collapse: warn, or stop with status 1", choices=("warn", "stop")
     )
     slides: EvaluationSlides = field(default_factory=EvaluationSlides)
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from dinov2.distributed.environment import resolve
+from dinov2.distributed.environment import ProcessEnvironment, resolve
 from dinov2.errors import ConfigError
 
 logger = logging.getLogger("dinov2")
@@ -115,11 +115,30 @@ def enable(
         rank=environment.rank,
         world_size=environment.world_size,
         timeout=timeout,
+        store=_store_of_this_attempt(environment, timeout),
         # Tells NCCL which device belongs to this rank before the first collective has to guess it.
         device_id=local_cuda_device() if on_cuda and backend in (None, "nccl") else None,
     )
     atexit.register(disable)
     barrier()
+
+
+def _store_of_this_attempt(environment: ProcessEnvironment, timeout: timedelta | None) -> dist.Store | None:
+    """Return a store without what processes left that torchrun has replaced; None for the usual one.
+
+    torchrun keeps one store over its restarts (PyTorch 2.13), with the addresses of the dead: who reads them
+    before they are overwritten waits for ever. Only on one machine do all processes know the attempt: each
+    machine's torchrun counts its own.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    on_one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or attempt == "0" or not on_one_machine:
+        return None
+    patience = {} if timeout is None else {"timeout": timeout}
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), environment.world_size, False, **patience
+    )
+    return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
 def disable() -> None:

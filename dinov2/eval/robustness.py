@@ -11,6 +11,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +112,13 @@ def eval_robustness_with_model(
     labels = (
         torch.tensor([label_of(images, int(i)) for i in chosen]).to(original.device) if labelled else None
     )
-    random_cosine = mean_random_cosine(original)
+    unchanged = Unchanged.of(original, labels)
     rows = []
     for perturbation in PERTURBATIONS:
         row = {"perturbation": perturbation.kind, "strength": perturbation.strength}
-        row |= compare(original, features_of(perturbation), labels)
+        row |= compare(unchanged, features_of(perturbation))
         rows.append(row)
-        logger.info("%s", _row_in_words(row, random_cosine))
+        logger.info("%s", _row_in_words(row, unchanged.random_cosine))
     summary = {
         "schema_version": SCHEMA_VERSION,
         "pretrained_weights": pretrained_weights,
@@ -132,7 +133,7 @@ def eval_robustness_with_model(
             "k": k,
         },
         "bootstrap": {"draws": bootstrap_draws, "level": LEVEL, "seed": seed},
-        "random_pair_cosine": random_cosine,
+        "random_pair_cosine": unchanged.random_cosine,
         "perturbations": rows,
         "centers": None,
     }
@@ -153,12 +154,35 @@ def mean_random_cosine(unit: Tensor) -> float:
     return float(((total @ total) - count) / (count * (count - 1)))
 
 
-def compare(original: Tensor, changed: Tensor, labels: Tensor | None = None) -> dict[str, float | None]:
+@dataclass(frozen=True)
+class Unchanged:
+    """Tiles as they are, and what every comparison with changed ones needs of them.
+
+    Attributes:
+        features: Unit vectors (n, D).
+        labels: (n,), or None.
+        random_cosine: Mean cosine of different tiles.
+        votes: Class of each tile by the vote of the others (n,); None without labels.
+    """
+
+    features: Tensor
+    labels: Tensor | None
+    random_cosine: float
+    votes: Tensor | None
+
+    @classmethod
+    def of(cls, features: Tensor, labels: Tensor | None = None) -> "Unchanged":
+        """Return the tiles with these features and labels."""
+        votes = None if labels is None else vote_of_others(features, features, labels)
+        return cls(features, labels, mean_random_cosine(features), votes)
+
+
+def compare(unchanged: Unchanged, changed: Tensor) -> dict[str, float | None]:
     """Compare the features of tiles with those of the same tiles changed.
 
     Args:
-        original, changed: Unit vectors (n, D), row by row of the same tile.
-        labels: (n,), or None.
+        unchanged: The tiles.
+        changed: Unit vectors (n, D), row by row of the same tile.
 
     Returns:
         ``mean_cosine`` and ``lowest_tenth_cosine`` of the pairs; ``retrieval`` (the share of changed tiles
@@ -167,8 +191,8 @@ def compare(original: Tensor, changed: Tensor, labels: Tensor | None = None) -> 
         other originals, that of the originals ``accuracy_unchanged`` and the share of changed votes
         ``flips``. None without labels.
     """
+    original, labels, random_cosine = unchanged.features, unchanged.labels, unchanged.random_cosine
     cosine = (original * changed).sum(dim=1).double()
-    random_cosine = mean_random_cosine(original)
     nearest = find_neighbors(original, changed, 1)[1][:, 0]
     own = torch.arange(len(original), device=nearest.device)
     row = {
@@ -181,10 +205,10 @@ def compare(original: Tensor, changed: Tensor, labels: Tensor | None = None) -> 
         "flips": None,
     }
     if labels is not None:
-        before, after = (vote_of_others(original, queries, labels) for queries in (original, changed))
-        row["accuracy_unchanged"] = (before == labels).double().mean().item()
+        after = vote_of_others(original, changed, labels)
+        row["accuracy_unchanged"] = (unchanged.votes == labels).double().mean().item()
         row["accuracy"] = (after == labels).double().mean().item()
-        row["flips"] = (before != after).double().mean().item()
+        row["flips"] = (unchanged.votes != after).double().mean().item()
     return row
 
 

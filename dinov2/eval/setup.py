@@ -12,6 +12,7 @@ from torch.backends import cudnn
 
 from dinov2.configs import dinov2_default_config
 from dinov2.errors import ConfigError
+from dinov2.eval.other_models import OtherBackbone, is_other_model, open_other_model
 from dinov2.eval.utils import computed_dtype, device_of
 from dinov2.models import build_model_from_cfg
 from dinov2.models.auto import AUTO, settle_architecture
@@ -33,7 +34,12 @@ def get_args_parser(
     """Return a parser of the options that say which model to evaluate and where to write."""
     parser = argparse.ArgumentParser(description=description, parents=parents or [], add_help=add_help)
     parser.add_argument("--config-file", type=str, help="Config of the model (default: the packaged one)")
-    parser.add_argument("--pretrained-weights", type=str, help="Path or URL of the weights to evaluate")
+    parser.add_argument(
+        "--pretrained-weights",
+        type=str,
+        help="Path or URL of the weights to evaluate; or timm:NAME or transformers:NAME_OR_FOLDER, a model "
+        "of that library",
+    )
     parser.add_argument("--output-dir", type=str, default="", help="Folder for results and logs")
     parser.add_argument(
         "--opts", nargs="+", default=[], help="Config overrides as key=value", metavar="KEY=VALUE"
@@ -54,11 +60,14 @@ def build_model_for_eval(config: Any, pretrained_weights: str | None) -> nn.Modu
     """Build the backbone of a config, load weights and freeze it, on the device ``config.train.device``.
 
     Args:
-        pretrained_weights: Path or URL. None leaves the weights random, with a warning: a baseline.
+        pretrained_weights: Path or URL, or a model of :mod:`dinov2.eval.other_models`, which the config says
+            nothing of. None leaves the weights random, with a warning: a baseline.
 
     Raises:
         WeightsError: The weights cannot be read or do not fit.
     """
+    if is_other_model(pretrained_weights):
+        return _ready(open_other_model(pretrained_weights), config)
     weights = open_weights(pretrained_weights, "teacher") if pretrained_weights else None
     if config.student.arch == AUTO and weights is None:
         raise ConfigError(
@@ -79,6 +88,10 @@ def build_model_for_eval(config: Any, pretrained_weights: str | None) -> nn.Modu
         )
     else:
         logger.warning("no --pretrained-weights given: the network is random, its scores are a baseline")
+    return _ready(model, config)
+
+
+def _ready(model: nn.Module, config: Any) -> nn.Module:
     return model.eval().requires_grad_(False).to(resolve_device(config.train.device))
 
 
@@ -104,6 +117,7 @@ def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dt
     The format is the one that its device computes in, as results and stores name it.
     ``args.normalisation`` becomes ``mean`` and ``std`` of the config, for the transform of the images,
     ``args.path_map`` its ``train.path_map``, for the datasets, and ``args.model_config`` its ``student``.
+    For a model of another library they are its own constants and its name.
     ``args.config`` is the config itself, before weights settled what it leaves open, for a second model.
     """
     cudnn.benchmark = True
@@ -113,4 +127,7 @@ def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dt
     args.config = copy.deepcopy(config)
     model = build_model_for_eval(config, args.pretrained_weights)
     args.model_config = OmegaConf.to_container(config.student)
+    if isinstance(model, OtherBackbone):
+        args.normalisation = model.normalisation or args.normalisation
+        args.model_config = {"arch": model.name}
     return model, computed_dtype(device_of(model), get_autocast_dtype(config))

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,7 @@ class MetricLogger:
         *,
         images_per_iteration: int | None = None,
         shown: Collection[str] | None = None,
+        ends: Callable[[], bool] = lambda: False,
     ) -> Iterator[Any]:
         """Yield ``n_iterations - start_iteration`` items and log at regular ones and at the last.
 
@@ -197,6 +198,7 @@ class MetricLogger:
             images_per_iteration: Images of all processes together. When given, the line is the short one:
                 time left, images per second, share of time spent waiting for data, and losses.
             shown: Meters on the short line, None for those that end in ``loss``.
+            ends: Tells after an item that ``iterable`` ends with it, before ``n_iterations``.
         """
         n_iterations = len(iterable) if n_iterations is None else n_iterations
         line = _ProgressLine(self, header or "", n_iterations, images_per_iteration, shown)
@@ -214,7 +216,7 @@ class MetricLogger:
             now = time.perf_counter()
             iter_time.update(now - last)
             done += 1
-            if iteration % print_freq == 0 or iteration == n_iterations - 1:
+            if iteration % print_freq == 0 or iteration == n_iterations - 1 or ends():
                 rates = line.rates(iter_time)
                 self.dump_in_output_file(iteration, iter_time.avg, data_time.avg, **rates)
                 logger.info("%s", line.text(iteration, iter_time, data_time, rates))

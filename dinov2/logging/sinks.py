@@ -6,11 +6,12 @@
 Only the main process has sinks; elsewhere :func:`open_sinks` returns an empty set of them.
 """
 
-import hashlib
 import importlib.util
 import logging
 import math
+import secrets
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from dinov2.errors import ConfigError
 
 logger = logging.getLogger("dinov2")
 
+RUN_ID_FILE = "wandb_run_id"
 PACKAGES = {"tensorboard": "tracking.tensorboard true", "wandb": "tracking.wandb"}
 
 
@@ -27,6 +29,9 @@ class Sink(Protocol):
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         """Take finite numbers by name."""
+
+    def rewind(self, iteration: int) -> None:
+        """Forget rows from this iteration on: they will be written again."""
 
     def close(self) -> None:
         """Write what is kept back."""
@@ -43,13 +48,19 @@ class TensorBoardSink:
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start)
+        self._open = partial(SummaryWriter, str(folder))
+        self._writer = self._open(purge_step=start)
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         """Add a point to the curve of each name."""
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, iteration)
         self._writer.flush()
+
+    def rewind(self, iteration: int) -> None:
+        """Begin an event file that hides what stands in earlier ones from ``iteration`` on."""
+        self._writer.close()
+        self._writer = self._open(purge_step=iteration)
 
     def close(self) -> None:
         """Close the event file."""
@@ -59,24 +70,28 @@ class TensorBoardSink:
 class WandbSink:
     """A run at Weights & Biases, or a folder that can be sent there later.
 
-    A run that is resumed is continued under its name. Its curves run over ``iteration``, so rows that are
-    done again overlay the earlier ones.
+    A run that is resumed is continued: its id lies in ``wandb_run_id``. One that starts anew in the same
+    folder gets an id of its own. Curves run over ``iteration``, so rows that are done again overlay the
+    earlier ones.
 
     Args:
-        folder: The output folder of the run; its path makes the name and the id.
+        folder: The output folder of the run; gives the name.
+        continues: Whether the run goes on where one in that folder stopped.
         mode: ``offline`` or ``online``.
         project: Where the run goes.
         config: Settings to keep with it.
     """
 
-    def __init__(self, folder: Path, mode: str, project: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, mode: str, project: str, config: Mapping[str, Any], *, continues: bool = False
+    ) -> None:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project=project,
             name=folder.name,
-            id=_run_id(folder),
+            id=_run_id(folder, continues=continues),
             dir=str(folder),
             mode=mode,
             resume="allow" if mode == "online" else None,
@@ -88,6 +103,9 @@ class WandbSink:
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         """Log one row."""
         self._run.log({"iteration": iteration, **scalars})
+
+    def rewind(self, iteration: int) -> None:
+        """Do nothing: a curve over ``iteration`` shows the rows that come later."""
 
     def close(self) -> None:
         """Finish the run."""
@@ -108,6 +126,10 @@ class Sinks:
         """Give ``scalars`` to every sink; values that are not finite are left out."""
         finite = {name: float(value) for name, value in scalars.items() if math.isfinite(value)}
         self._each("write", lambda sink: sink.write(iteration, finite))
+
+    def rewind(self, iteration: int) -> None:
+        """Make every sink forget rows from ``iteration`` on."""
+        self._each("go back", lambda sink: sink.rewind(iteration))
 
     def close(self) -> None:
         """Close every sink; there are none afterwards."""
@@ -184,7 +206,15 @@ def open_sinks(
             )
         try:
             if tracking.wandb != "off" and not problem:
-                members.append(WandbSink(folder, tracking.wandb, tracking.wandb_project, config or {}))
+                members.append(
+                    WandbSink(
+                        folder,
+                        tracking.wandb,
+                        tracking.wandb_project,
+                        config or {},
+                        continues=start_iteration > 0,
+                    )
+                )
         except Exception as error:  # the package has its own, and those of the network
             problem = (
                 f"Weights & Biases cannot be used ({error}): run `wandb login`, or set tracking.wandb=offline"
@@ -195,6 +225,11 @@ def open_sinks(
     return Sinks(members)
 
 
-def _run_id(folder: Path) -> str:
-    """A short name of the output folder, the same each time it is used."""
-    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+def _run_id(folder: Path, *, continues: bool) -> str:
+    """Return the id of the run in this folder, a new one for a run that does not continue."""
+    file = folder / RUN_ID_FILE
+    if continues and file.is_file():
+        return file.read_text(encoding="ascii").strip()
+    name = secrets.token_hex(8)
+    file.write_text(f"{name}\n", encoding="ascii")
+    return name

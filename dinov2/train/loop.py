@@ -16,7 +16,7 @@ from dinov2 import distributed
 from dinov2.configs.scaling import images_per_iteration
 from dinov2.data.data_order import DataOrder
 from dinov2.data.unreadable import UnreadableImages
-from dinov2.errors import Interrupted, WeightsError
+from dinov2.errors import CollapsedError, Interrupted, WeightsError
 from dinov2.logging import MetricLogger, SmoothedValue
 from dinov2.train.bad_steps import BadSteps
 from dinov2.train.diagnosis import diagnose
@@ -95,6 +95,7 @@ class TrainingLoop:
         """Train from ``place`` to the end, or to where an evaluation in the loop ends the run.
 
         Raises:
+            CollapsedError: on every rank, with the files of an end.
             Interrupted: on every rank, after a step and with a checkpoint of it.
             NonFiniteLossError: on every rank, with the diagnosis.
         """
@@ -112,6 +113,13 @@ class TrainingLoop:
             following = self._stretch(following)
         if self.monitor is not None:
             self.monitor.conclude()
+        if self.ended.failed:
+            self.checkpointer.wait(must_succeed=True)
+            raise CollapsedError(
+                f"the run has ended early: {self.ended.why}. Ship what best/ holds, if anything, and start "
+                "anew with a lower optim.base_lr or other temperatures of the teacher; the same command "
+                "again takes no further step"
+            )
 
     def _end_before_a_step(self, place: Place) -> None:
         """End a run that is to stop before it goes on, with the files of an end."""
@@ -135,6 +143,7 @@ class TrainingLoop:
             self.max_iterations,
             place.iteration,
             images_per_iteration=self.images_per_iteration,
+            ends=lambda: self.ended.stop,
         )
         order = place.order
         for iteration, micro_batches in enumerate(batches, start=place.iteration):
@@ -285,6 +294,7 @@ class TrainingLoop:
         back = loaded["iteration"] + 1
         if distributed.is_main_process():
             drop_rows_from(Path(self.cfg.train.output_dir, METRICS_FILE), back)
+        self.metrics.sinks.rewind(back)
         if self.monitor is not None:
             self.monitor.go_back(back)
         scale = ""

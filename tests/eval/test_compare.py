@@ -196,6 +196,14 @@ def test_slides_are_shown_by_all_folds_and_count_patients(tmp_path):
     assert values.count(0.52) == values.count(0.62) == 4  # two runs, above and in the list of all
 
 
+def test_a_fold_is_named_once(tmp_path):
+    write_slides(tmp_path / "run")
+    assert {result.setting for result in collect(tmp_path / "run", "run").results} >= {
+        "fold 0",
+        "fold pooled",
+    }
+
+
 def test_scores_that_no_result_has_take_no_column(case):
     assert "AUPRC" not in case[1] and "macro Jaccard" in case[1]
 

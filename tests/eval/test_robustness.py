@@ -10,7 +10,7 @@ from PIL import Image
 from dinov2.errors import DatasetError
 from dinov2.eval import robustness as command
 from dinov2.eval.perturbations import PERTURBATIONS, PerturbedDataset
-from dinov2.eval.robustness import compare, mean_random_cosine, read_origins
+from dinov2.eval.robustness import Unchanged, compare, mean_random_cosine, read_origins
 from dinov2.eval.robustness_scores import Origins, robustness
 from tests.conftest import REAL_DATA
 from tests.distributed.launch import run_in_processes
@@ -84,11 +84,11 @@ def test_one_centre_is_refused():
 def test_comparison_of_pairs_with_other_rules():
     generator = torch.Generator().manual_seed(0)
     original = torch.nn.functional.normalize(torch.randn(30, 8, generator=generator), dim=1)
-    same = compare(original, original, torch.arange(30) % 2)
+    same = compare(Unchanged.of(original, torch.arange(30) % 2), original)
     assert same["mean_cosine"] == pytest.approx(1) and same["retrieval"] == 1 and same["flips"] == 0
     assert same["above_random"] == pytest.approx(1)
     assert same["accuracy"] == same["accuracy_unchanged"]
-    shifted = compare(original, original.roll(1, dims=0))
+    shifted = compare(Unchanged.of(original), original.roll(1, dims=0))
     assert shifted["retrieval"] == 0 and shifted["accuracy"] is None
     table = (original @ original.T).numpy()
     assert mean_random_cosine(original) == pytest.approx(table[~np.eye(30, dtype=bool)].mean(), abs=1e-6)

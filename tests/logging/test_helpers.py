@@ -76,6 +76,15 @@ def test_log_every_takes_exactly_the_missing_steps_and_draws_nothing_more(start,
     assert next(source) == len(taken)
 
 
+def test_the_last_of_items_that_end_early_has_a_row(tmp_path):
+    metrics = MetricLogger(output_file=str(tmp_path / "rows.json"))
+    taken = []
+    for item in metrics.log_every(range(6), 10, "Training", 10, 0, ends=lambda: taken == [0, 1, 2]):
+        taken.append(item)
+    rows = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [0, 2]
+
+
 def test_log_every_without_a_number_goes_through_everything():
     assert list(MetricLogger().log_every([5, 6, 7], 10)) == [5, 6, 7]
     assert list(MetricLogger().log_every([5, 6], 10, n_iterations=4)) == [5, 6]

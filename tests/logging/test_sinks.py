@@ -8,7 +8,7 @@ import pytest
 
 from dinov2.errors import ConfigError
 from dinov2.logging import MetricLogger
-from dinov2.logging.sinks import Sinks, open_sinks, require_packages
+from dinov2.logging.sinks import Sinks, _run_id, open_sinks, require_packages
 
 
 def tracking(**settings):
@@ -46,6 +46,24 @@ def test_rows_that_are_done_again_replace_the_old_ones(tmp_path):
             for iteration in range(start, 5):
                 sinks.write(iteration, {"x": value})
     assert events(tmp_path / "tensorboard", "x") == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+
+
+def test_a_run_that_goes_back_hides_the_rows_it_writes_again(tmp_path):
+    pytest.importorskip("tensorboard")
+    with open_sinks(tracking(tensorboard=True), tmp_path) as sinks:
+        for iteration in range(4):
+            sinks.write(iteration, {"x": 1.0})
+        sinks.rewind(2)
+        for iteration in range(2, 5):
+            sinks.write(iteration, {"x": 2.0})
+    assert events(tmp_path / "tensorboard", "x") == [(0, 1.0), (1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0)]
+
+
+def test_a_run_that_starts_anew_in_a_folder_has_an_id_of_its_own(tmp_path):
+    first = _run_id(tmp_path, continues=False)
+    assert [_run_id(tmp_path, continues=True) for _ in range(2)] == [first, first]
+    second = _run_id(tmp_path, continues=False)
+    assert second != first and _run_id(tmp_path, continues=True) == second
 
 
 @pytest.mark.slow

@@ -302,10 +302,16 @@ def test_pixels_are_those_of_the_evaluation_transform(tiny):
 def test_more_images_than_memory_should_hold_are_refused(tiny, monkeypatch):
     from dinov2.train.monitoring import images as module
 
-    monkeypatch.setattr(module, "MOST_BYTES", 10_000)
     cfg = tiny.resolve(*MONITORED)
+    dataset = open_sources(cfg).monitored
+    held = -(-len(dataset) // cfg.evaluation.batch_size) * cfg.evaluation.batch_size * 3 * 32 * 32
+    monkeypatch.setattr(module, "MOST_BYTES", held)
+    module.require_room(cfg, [dataset])
+    with pytest.raises(DatasetError, match="name fewer"):  # all of them together
+        module.require_room(cfg, [dataset, dataset])
+    monkeypatch.setattr(module, "MOST_BYTES", held - 1)
     with pytest.raises(DatasetError, match="name fewer"):
-        Images(cfg, open_sources(cfg).monitored)
+        Monitor(cfg, prepared(cfg), open_sources(cfg))
 
 
 def test_prototypes_are_assigned_as_documented(tiny):

@@ -23,6 +23,7 @@ from dinov2.data.transforms import MaybeToTensor, make_classification_eval_trans
 from dinov2.errors import ConfigError, DatasetError
 from dinov2.eval.cli import make_model_parser
 from dinov2.eval.data import check_same_classes, label_of, make_labelled_dataset, sample_names
+from dinov2.eval.other_models import refuse_other_models
 from dinov2.eval.pictures.attention_maps import attention_sheet, cls_attention
 from dinov2.eval.pictures.files import PictureFolder
 from dinov2.eval.pictures.neighbour_sheet import (
@@ -116,6 +117,7 @@ def draw_all(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             option = name.replace("_", "-")
             raise ConfigError(f"--{option} is {value}: give a whole number from 1 up")
+    refuse_other_models([args.pretrained_weights, args.baseline_weights], "A picture")
     model, autocast_dtype = setup_and_build_model(args)
     _check_size(args.picture_size, model)
     shown = shown_dataset(args.dataset_str, args.path_map)

@@ -54,8 +54,11 @@ class Result:
 
     @property
     def setting(self) -> str:
-        """The setting in words, such as ``train_samples full, k 20``."""
-        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.row["setting"].items())
+        """The setting in words, such as ``train samples full, k 20``, or ``fold 0``, which says so itself."""
+        words = ((name.replace("_", " "), str(value)) for name, value in self.row["setting"].items())
+        return ", ".join(
+            value if value.startswith(f"{name} ") else f"{name} {value}" for name, value in words
+        )
 
     @property
     def classes(self) -> list[str]:

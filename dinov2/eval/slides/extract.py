@@ -30,6 +30,7 @@ from dinov2.errors import ConfigError, counted
 from dinov2.eval.cli import make_model_parser
 from dinov2.eval.feature_store import DTYPES, on_main_process, transform_text
 from dinov2.eval.identity import identity_of
+from dinov2.eval.other_models import refuse_other_models
 from dinov2.eval.setup import setup_and_build_model
 from dinov2.eval.slides.bag_files import FORMATS, check_format
 from dinov2.eval.slides.extraction import POOLS, Encoder, Extraction, extract_all
@@ -143,6 +144,7 @@ def main(args: argparse.Namespace) -> None:
     tiling = tiling_of(args)
     check_format(args.format)
     check_backend(args.backend)
+    refuse_other_models([args.pretrained_weights], "The extraction from slides")
     entries = list_slides(args.slides, path_map=PathMap.parse(args.slides_path_map))
     model, autocast_dtype = setup_and_build_model(args)
     # The same tiles shall give the same bits when a stopped run is started again.

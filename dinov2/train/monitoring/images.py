@@ -7,7 +7,8 @@ meant; more than :data:`MOST_BYTES` are refused.
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ from dinov2.train.monitoring.slides import SlideSet, open_slide_set
 
 logger = logging.getLogger("dinov2")
 
-MOST_BYTES = 8 * 2**30  # of all images of one process
+MOST_BYTES = 8 * 2**30  # of all images of one process together
 SEED = 0  # of the choice of images: runs with different seeds look at the same ones
 
 
@@ -172,6 +173,24 @@ def _labels(dataset: Dataset, dataset_str: str) -> Tensor:
     return torch.from_numpy(np.array(targets, dtype=np.int64))
 
 
+def require_room(cfg: DictConfig, datasets: Collection[Dataset]) -> None:
+    """Check that a process may hold its share of the images of some datasets together.
+
+    Raises:
+        DatasetError: They are more than :data:`MOST_BYTES`.
+    """
+    world, size = distributed.get_global_size(), cfg.crops.global_crops_size
+    batches = sum(math.ceil(len(dataset) / cfg.evaluation.batch_size / world) for dataset in datasets)
+    held = batches * cfg.evaluation.batch_size * 3 * size * size
+    if held > MOST_BYTES:
+        raise DatasetError(
+            f"{sum(map(len, datasets))} images of {size} px, as evaluations in the loop keep them, take "
+            f"{held / 2**30:.0f} GiB in each of {world} processes: name fewer, a few hundred or thousand "
+            "are enough for evaluation.monitor_samples, train_dataset_path and val_dataset_path, and as "
+            "tiles of all slides (evaluation.slides.max_tiles of each)"
+        )
+
+
 class Images:
     """This process's share of the images of a dataset, in memory.
 
@@ -187,7 +206,7 @@ class Images:
         digest: Of all pixels, the same in all processes.
 
     Raises:
-        DatasetError: They are too many, or one cannot be read.
+        DatasetError: One cannot be read.
     """
 
     def __init__(self, cfg: DictConfig, dataset: Dataset) -> None:
@@ -200,14 +219,6 @@ class Images:
             for start in range(0, self.count, self.batch_size)
         ]
         self.steps = -(-len(rows) // world)
-        held = self.steps * self.batch_size * self.empty.numel()
-        if held > MOST_BYTES:
-            raise DatasetError(
-                f"{self.count} images of {size} px, as evaluations in the loop keep them, take "
-                f"{held / 2**30:.0f} GiB in each of {world} processes: name fewer, a few hundred or thousand "
-                "are enough for evaluation.monitor_samples, train_dataset_path and val_dataset_path, and as "
-                "tiles of all slides (evaluation.slides.max_tiles of each)"
-            )
         loader = WatchedLoader(
             dataset,
             batch_sampler=rows[rank::world],

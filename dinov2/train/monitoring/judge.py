@@ -8,10 +8,15 @@ from dinov2.train.monitoring.records import Record
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether the run is to end now, and why: one clause for the log."""
+    """Whether the run is to end now, and why: one clause for the log.
+
+    Attributes:
+        failed: It ends because something is wrong, and not because it is as good as it gets.
+    """
 
     stop: bool = False
     why: str = ""
+    failed: bool = False
 
 
 class Judge:

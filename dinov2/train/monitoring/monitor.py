@@ -23,7 +23,7 @@ from dinov2.eval.neighbors import knn_predict, usable_ks
 from dinov2.eval.results import SEED
 from dinov2.eval.scores import DRAWS, Predictions, bootstrap, interval, score
 from dinov2.fsdp.files import UNREADABLE, write_atomically
-from dinov2.train.monitoring.images import Images, Sources, monitor_period
+from dinov2.train.monitoring.images import Images, Sources, monitor_period, require_room
 from dinov2.train.monitoring.judge import Decision, Judge
 from dinov2.train.monitoring.probe import cls_features, prototype_signals, untouched
 from dinov2.train.monitoring.records import RECORDS_FILE, START_FILE, Record, append_record, read_records
@@ -76,11 +76,13 @@ class Monitor:
         self.start_features: Tensor | None = None
         announce("reading the images of evaluations in the loop")
         began = time.monotonic()
-        self.images = {"monitored": Images(cfg, sources.monitored)}
         self.labelled = sources.labelled
+        datasets = {"monitored": sources.monitored} | (self.labelled.datasets if self.labelled else {})
+        tiles = [sources.slides.tiles] if sources.slides is not None else []
+        require_room(cfg, [*datasets.values(), *tiles])
+        self.images = {role: Images(cfg, data) for role, data in datasets.items()}
         self.k = cfg.evaluation.nb_knn
         if self.labelled is not None:
-            self.images |= {role: Images(cfg, data) for role, data in self.labelled.datasets.items()}
             (self.k,) = usable_ks([self.k], self.images["train"].count)
         self.slides, self.tiles = sources.slides, None
         if self.slides is not None:

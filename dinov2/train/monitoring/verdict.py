@@ -60,7 +60,8 @@ class RunJudge(Judge):
             logger.warning("after %d iterations the features are WORSE than at the start: %s", done, worse)
         choice = self._choose(records, at)
         if newest.collapse and self.cfg.evaluation.on_collapse == "stop":
-            return Decision(True, "the features have collapsed, and evaluation.on_collapse is stop")
+            why = "the features have collapsed, and evaluation.on_collapse is stop"
+            return Decision(True, why, failed=True)
         if choice is not None and choice.stop and self.cfg.evaluation.early_stop:
             tries = counted(choice.without_gain, "evaluation")
             return Decision(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from dinov2.errors import ConfigError
+from dinov2.errors import CollapsedError, ConfigError
 from dinov2.train.monitoring.monitor import Monitor
 from dinov2.train.monitoring.records import RECORDS_FILE, read_records
 from tests.checkpoints import read_state
@@ -109,7 +109,16 @@ def test_evaluations_of_other_images_are_not_compared(scored, tmp_path):
 @pytest.mark.parametrize("reaction", ["warn", "stop"])
 def test_collapsed_features_are_called_so_and_never_shipped(scored, tmp_path, reaction):
     ranks = {0: 100.0, 2: 1.0, 4: 500.0, 6: 1.0}
-    log = scored(tmp_path, ranks, f"evaluation.on_collapse={reaction}")
+    if reaction == "stop":
+        for _ in range(2):  # the same command again takes no further step, and fails, too
+            with pytest.raises(CollapsedError, match="ended early: the features have collapsed.*lower optim"):
+                scored(tmp_path, ranks, "evaluation.on_collapse=stop")
+        log = (tmp_path / "logs" / "log.txt").read_text()
+        assert (tmp_path / "model_final").exists()
+        rows = [json.loads(row) for row in (tmp_path / "training_metrics.json").read_text().splitlines()]
+        assert [row["iteration"] for row in rows] == [0, 1]  # the last row does not wait for log_period
+    else:
+        log = scored(tmp_path, ranks)
     assert "the features have COLLAPSED after 2 iterations: RankMe, the number of directions in use" in log
     records = read_records(tmp_path / RECORDS_FILE)
     assert [record.iteration for record in records] == ([0, 2, 4, 6] if reaction == "warn" else [0, 2])
