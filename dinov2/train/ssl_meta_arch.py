@@ -228,10 +228,7 @@ class SSLMetaArch(nn.Module):
     @torch.no_grad()
     def teacher_logits(self, batch: Batch) -> TeacherLogits:
         """Run the teacher on the unmasked global crops."""
-        with self.precision.autocast("teacher", "backbone"):
-            (tokens,) = self.teacher["backbone"](
-                [batch.global_crops], [None], tokens=self._needed_tokens(batch)[:1]
-            )
+        (tokens,) = self._needed_outputs("teacher", batch, [batch.global_crops], [None])
         cls_tokens, patch_tokens = tokens.tensor_split([len(batch.global_crops)])
         first, second = cls_tokens.chunk(NUM_GLOBAL_CROPS)
         cls_tokens = torch.cat((second, first))
@@ -269,16 +266,31 @@ class SSLMetaArch(nn.Module):
         if batch.local_crops is not None:
             crops.append(batch.local_crops)
             masks.append(None)
-        with self.precision.autocast("student", "backbone"):
-            tokens, *local = self.student["backbone"](crops, masks, tokens=self._needed_tokens(batch))
+        tokens, *local = self._needed_outputs("student", batch, crops, masks)
         cls_tokens, patches = tokens.tensor_split([len(batch.global_crops)])
         return StudentTokens(global_cls=cls_tokens, local_cls=local[0] if local else None, patches=patches)
 
-    def _needed_tokens(self, batch: Batch) -> list[Tensor]:
-        """Return where the tokens are that heads and losses look at, for each size of crop.
+    def _needed_outputs(
+        self, network: str, batch: Batch, crops: list[Tensor], masks: list[Tensor | None]
+    ) -> list[Tensor]:
+        """Return the tokens that heads and losses look at, for each size of crop.
 
-        Of global crops the cls tokens and then the masked patches, of local crops the cls tokens.
+        Of global crops the cls tokens and then the masked patches, of local crops the cls tokens. A backbone
+        of another library, behind DINOv2's interface, computes all tokens.
         """
+        backbone = getattr(self, network)["backbone"]
+        with self.precision.autocast(network, "backbone"):
+            if hasattr(backbone, "forward_tokens"):
+                return backbone(crops, masks, tokens=self._needed_tokens(batch)[: len(crops)])
+            features = backbone(crops, masks=masks, is_training=True)
+        needed = [entry["x_norm_clstoken"] for entry in features]
+        if self.do_ibot:
+            patches = features[0]["x_norm_patchtokens"].flatten(0, 1)[batch.mask_indices]
+            needed[0] = torch.cat([needed[0], patches])
+        return needed
+
+    def _needed_tokens(self, batch: Batch) -> list[Tensor]:
+        """Return where in a backbone's output those tokens are, for each size of crop."""
         backbone = self.student["backbone"]
         first_patch = 1 + backbone.num_register_tokens
         crops, patches = batch.masks.shape
