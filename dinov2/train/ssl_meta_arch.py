@@ -281,7 +281,7 @@ class SSLMetaArch(nn.Module):
         backbone = getattr(self, network)["backbone"]
         with self.precision.autocast(network, "backbone"):
             if hasattr(backbone, "forward_tokens"):
-                return backbone(crops, masks, tokens=self._needed_tokens(batch)[: len(crops)])
+                return backbone(crops, masks, tokens=self._needed_tokens(batch, backbone)[: len(crops)])
             features = backbone(crops, masks=masks, is_training=True)
         needed = [entry["x_norm_clstoken"] for entry in features]
         if self.do_ibot:
@@ -289,9 +289,8 @@ class SSLMetaArch(nn.Module):
             needed[0] = torch.cat([needed[0], patches])
         return needed
 
-    def _needed_tokens(self, batch: Batch) -> list[Tensor]:
+    def _needed_tokens(self, batch: Batch, backbone: nn.Module) -> list[Tensor]:
         """Return where in a backbone's output those tokens are, for each size of crop."""
-        backbone = self.student["backbone"]
         first_patch = 1 + backbone.num_register_tokens
         crops, patches = batch.masks.shape
         needed = [torch.arange(crops, device=self.device) * (first_patch + patches)]
