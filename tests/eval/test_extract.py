@@ -209,14 +209,16 @@ def folder(tiny_case, tmp_path_factory):
     return folder
 
 
-HALF = {"autocast_dtype": torch.half}  # as the config says, by which the stores were made; float32 on a CPU
+COMPUTED = {
+    "autocast_dtype": torch.float32
+}  # what a CPU makes of the config's float16, by which stores are known
 
 
 def test_k_nn_with_stored_features_is_k_nn_with_images(
     folder, tiny_case, tiny_backbone, tmp_path, monkeypatch, caplog
 ):
     strings = (tiny_case.train, tiny_case.val)
-    options = {"nb_knn": [3, 9], "num_workers": 0, "n_per_class_list": [-1, 5], "n_tries": 2, **HALF}
+    options = {"nb_knn": [3, 9], "num_workers": 0, "n_per_class_list": [-1, 5], "n_tries": 2, **COMPUTED}
     plain = eval_knn_with_model(tiny_backbone, str(tmp_path), *strings, **options)
     monkeypatch.setattr(tiny_backbone, "forward_features", None)  # nothing may be computed
     with caplog.at_level(logging.INFO, logger="dinov2"):
@@ -229,7 +231,7 @@ def test_k_nn_with_stored_features_is_k_nn_with_images(
 
 
 def test_logistic_regression_with_stored_features(folder, tiny_case, tiny_backbone, monkeypatch):
-    options = {"single_C": 1.0, **HALF}
+    options = {"single_C": 1.0, **COMPUTED}
     plain = eval_log_regression_with_model(tiny_backbone, tiny_case.train, tiny_case.val, **options)
     monkeypatch.setattr(tiny_backbone, "forward_features", None)
     stored = eval_log_regression_with_model(
@@ -270,7 +272,7 @@ def test_a_store_of_another_model_is_refused(folder, tiny_case, tmp_path, change
             tiny_case.val,
             [3],
             features=str(folder),
-            **HALF,
+            **COMPUTED,
         )
 
 
@@ -281,14 +283,14 @@ def test_stores_of_other_things_are_refused(folder, tiny_case, tiny_backbone, tm
         train,
         tiny_case.val,
         [3],
-        **({"features": str(folder)} | HALF | options),
+        **({"features": str(folder)} | COMPUTED | options),
     )
     with pytest.raises(DatasetError, match="no feature store of the dataset .*labels=folders"):
         run(f"{tiny_case.train}:labels=folders")
     with pytest.raises(DatasetError, match="another transform of the images .*Resize.size=230"):
         run(tiny_case.train, transform=make_classification_eval_transform(resize_size=230))
-    with pytest.raises(DatasetError, match="another number format of the model .float16, not float32"):
-        run(tiny_case.train, autocast_dtype=torch.float32)
+    with pytest.raises(DatasetError, match="another number format of the model .float32, not float16"):
+        run(tiny_case.train, autocast_dtype=torch.half)
     with pytest.raises(DatasetError, match="no feature store of the dataset .* it holds nothing"):
         run(tiny_case.train, features=str(tmp_path))
 
@@ -303,7 +305,7 @@ def test_a_changed_dataset_and_damaged_stores_are_refused(folder, tiny_case, tin
 
     def run():
         return eval_knn_with_model(
-            tiny_backbone, str(tmp_path), dataset_str, tiny_case.val, [3], features=str(features), **HALF
+            tiny_backbone, str(tmp_path), dataset_str, tiny_case.val, [3], features=str(features), **COMPUTED
         )
 
     run()
