@@ -43,12 +43,11 @@ class PackedLayout:
 
     def token_rows(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """Return, per batch, the packed positions ``[s * n]`` of the sequences ``kept`` (``[s]`` each)."""
-        rows, start = [], 0
-        for sequences, (b, n) in zip(kept, self.shapes, strict=True):
-            tokens = torch.arange(n, device=sequences.device)
-            rows.append((start + sequences[:, None] * n + tokens).flatten())
-            start += b * n
-        return rows
+        rows = [
+            (sequences[:, None] * n + torch.arange(n, device=sequences.device)).flatten()
+            for sequences, (_, n) in zip(kept, self.shapes, strict=True)
+        ]
+        return self.packed_rows(rows)
 
     def packed_rows(self, positions: Sequence[Tensor]) -> list[Tensor]:
         """Turn, per batch, positions ``[k]`` in its flattened tokens ``[b * n]`` into packed positions."""

@@ -89,13 +89,8 @@ def set_aside(cfg: DictConfig) -> None:
 
 
 def _move(folder: Path, cfg: DictConfig) -> None:
-    names = (
-        METRICS_FILE,
-        RECORDS_FILE,
-        START_FILE,
-        BEST,
-        FOLDERS,
-    )  # the first of the last two links into the other
+    # BEST links into FOLDERS, and so goes first.
+    names = (METRICS_FILE, RECORDS_FILE, START_FILE, BEST, FOLDERS)
     paths = [*checkpoint_paths(folder), *(path for name in names if (path := folder / name).exists())]
     if not paths:
         return
