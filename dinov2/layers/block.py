@@ -7,11 +7,11 @@ Shapes: b sequences of n tokens, s of them kept, T tokens packed, D width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from dinov2.compiled import compiled
 from dinov2.layers.attention import Attention
 from dinov2.layers.backend import XFORMERS_AVAILABLE, XFORMERS_ENABLED
 from dinov2.layers.drop_path import DropPath
@@ -19,6 +19,7 @@ from dinov2.layers.layer_scale import LayerScale
 from dinov2.layers.mlp import Mlp
 from dinov2.layers.packing import PackedLayout
 from dinov2.layers.recompute import run
+from dinov2.layers.stochastic_depth import Subset, draw_subsets, kept_sequences
 
 __all__ = [
     "XFORMERS_AVAILABLE",
@@ -58,6 +59,8 @@ class Block(nn.Module):
     # A key of dinov2.layers.recompute.MODES; may be set per module. The block itself recomputes, inside its
     # forward, so that hooks on it (FSDP's) run once in each direction.
     recompute = "none"
+    # Whether packed batches run through torch.compile; may be set per module.
+    compiled = False
 
     def __init__(
         self,
@@ -124,6 +127,7 @@ class NestedTensorBlock(Block):
         x_or_x_list: Tensor | list[Tensor],
         layout: PackedLayout | None = None,
         rows: Sequence[Tensor] | None = None,
+        subsets: Sequence[Subset] | None = None,
     ) -> Tensor | list[Tensor]:
         """Transform one batch, a list of batches, or packed batches.
 
@@ -133,40 +137,58 @@ class NestedTensorBlock(Block):
                 them; a block that returned views of a list would defeat FSDP's hooks.
             rows: per packed batch, positions ``[k]`` in its flattened tokens ``[b * n]``: transform these
                 alone, though they see all others.
+            subsets: of packed batches, what goes through each branch, see :meth:`drop_rates`; by default
+                drawn here.
 
         Returns:
             The same structure as the input; with ``rows`` ``[1, K, D]``, theirs of all batches.
         """
-        if rows is not None:
-            return run(self.recompute, self._forward_rows, x_or_x_list, layout, *rows)
-        if layout is not None:
-            return run(self.recompute, self._forward_packed, x_or_x_list, layout)
-        if isinstance(x_or_x_list, Tensor):
+        if layout is None and isinstance(x_or_x_list, Tensor):
             return super().forward(x_or_x_list)
-        layout, packed = get_attn_bias_and_cat(x_or_x_list)
-        return layout.split(run(self.recompute, self._forward_packed, packed, layout))
-
-    def _forward_packed(self, x: Tensor, layout: PackedLayout) -> Tensor:
-        for branch in (self.attention_branch, self.ffn_branch):
-            if self.training and self.sample_drop_ratio > 0.0:
-                x = _drop_add_packed(x, layout, branch, self.sample_drop_ratio)
-            else:
-                x = x + branch(x, layout)
-        return x
-
-    def _forward_rows(self, x: Tensor, layout: PackedLayout, *rows: Tensor) -> Tensor:
+        if layout is None:
+            layout, packed = get_attn_bias_and_cat(x_or_x_list)
+            return layout.split(self.forward(packed, layout))
+        if subsets is None:
+            subsets = draw_subsets(layout, self.drop_rates(), x_or_x_list.device)
+        if rows is None:
+            return run(self.recompute, self._function(_transform), self, x_or_x_list, layout, subsets)
         chosen = torch.cat(layout.packed_rows(rows))
-        out = x.index_select(1, chosen)
-        rate = self.sample_drop_ratio if self.training else 0.0
-        if rate == 0.0:
-            out = out + self.attention_branch(x, layout, chosen)
-            return out + self.ffn_branch(out)
-        subset = _Subset.draw(x, layout, rate)
-        kept = x.index_select(1, torch.cat(subset.tokens))
-        weights, at = subset.find(rows)
-        out = out + weights * self.attention_branch(kept, subset.layout, at)
-        weights, _ = _Subset.draw(x, layout, rate).find(rows)
-        return out + weights * self.ffn_branch(out)
+        return run(
+            self.recompute, self._function(_transform_rows), self, x_or_x_list, layout, subsets, chosen
+        )
+
+    def drop_rates(self) -> list[float]:
+        """Return how much of packed batches each branch leaves out; nothing if both take all of them."""
+        dropping = self.training and self.sample_drop_ratio > 0.0
+        return [self.sample_drop_ratio] * 2 if dropping else []
+
+    def _function(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return compiled(function) if self.compiled else function
+
+
+def _transform(block: Block, x: Tensor, layout: PackedLayout, subsets: Sequence[Subset]) -> Tensor:
+    """Apply a block to packed ``x``, its branches to their subsets."""
+    if not subsets:
+        x = x + block.attention_branch(x, layout)
+        return x + block.ffn_branch(x)
+    first, second = subsets
+    x = first.add(x, block.attention_branch(first.take(x), first.layout))
+    return second.add(x, block.ffn_branch(second.take(x)))
+
+
+def _transform_rows(
+    block: Block, x: Tensor, layout: PackedLayout, subsets: Sequence[Subset], rows: Tensor
+) -> Tensor:
+    """Return what :func:`_transform` does, at packed positions ``rows`` ``[K]`` alone."""
+    out = x.index_select(1, rows)
+    if not subsets:
+        out = out + block.attention_branch(x, layout, rows)
+        return out + block.ffn_branch(out)
+    first, second = subsets
+    # Of sequences left out any token is computed and counts nothing: shapes do not depend on what was drawn.
+    at, weights = first.place.index_select(0, rows), first.weights.index_select(0, rows)
+    out = out + weights * block.attention_branch(x.index_select(1, first.rows), first.layout, at)
+    return out + second.weights.index_select(0, rows) * block.ffn_branch(out)
 
 
 class CausalAttentionBlock(nn.Module):
@@ -239,7 +261,7 @@ def get_branges_scales(x: Tensor, sample_drop_ratio: float = 0.0) -> tuple[Tenso
         keeps the expectation of the branch.
     """
     batch = x.shape[0]
-    kept = max(int(batch * (1 - sample_drop_ratio)), 1)
+    kept = kept_sequences(batch, sample_drop_ratio)
     return torch.randperm(batch, device=x.device)[:kept], batch / kept
 
 
@@ -305,83 +327,8 @@ def _drop_add_packed(
     scaling_vector: Tensor | None = None,
 ) -> Tensor:
     """Add a branch computed for a subset of every batch of packed ``x``: one gather, one branch."""
-    subset = _Subset.draw(x, layout, sample_drop_ratio)
-    residual = residual_func(x.index_select(1, torch.cat(subset.tokens)), attn_bias=subset.layout)
+    (subset,) = draw_subsets(layout, [sample_drop_ratio], x.device)
+    residual = residual_func(subset.take(x), attn_bias=subset.layout)
     if scaling_vector is not None:
         residual = residual * scaling_vector
-    return _AddAt.apply(x, residual, subset.tokens, subset.scales)
-
-
-class _AddAt(torch.autograd.Function):
-    """Add parts of a packed tensor, scaled, at rows of another.
-
-    ``index_add`` would keep the parts for its backward pass, though no gradient depends on them: 16 % of what
-    a block keeps in half precision.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor, rows: list[Tensor], scales: tuple[float, ...]) -> Tensor:
-        ctx.save_for_backward(*rows)
-        ctx.scales, ctx.dtype = scales, residual.dtype
-        out = x.clone()
-        parts = residual.to(x.dtype).split([len(index) for index in rows], dim=1)
-        for index, part, scale in zip(rows, parts, scales, strict=True):
-            out.index_add_(1, index, part, alpha=scale)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        parts = [
-            grad.index_select(1, index).mul_(scale)
-            for index, scale in zip(ctx.saved_tensors, ctx.scales, strict=True)
-        ]
-        return grad, torch.cat(parts, dim=1).to(ctx.dtype), None, None
-
-
-@dataclass(frozen=True)
-class _Subset:
-    """The sequences of every packed batch that go through a branch.
-
-    Attributes:
-        whole: layout of all sequences.
-        layout: of those kept.
-        samples: per batch, the kept sequences ``[s]``.
-        tokens: per batch, the packed positions ``[s * n]`` of their tokens.
-        scales: per batch, what keeps the expectation of the branch.
-    """
-
-    whole: PackedLayout
-    layout: PackedLayout
-    samples: tuple[Tensor, ...]
-    tokens: list[Tensor]
-    scales: tuple[float, ...]
-
-    @classmethod
-    def draw(cls, x: Tensor, layout: PackedLayout, sample_drop_ratio: float) -> "_Subset":
-        """Choose from packed ``x``."""
-        samples, scales = zip(
-            *(get_branges_scales(batch, sample_drop_ratio) for batch in layout.split(x)), strict=True
-        )
-        kept = tuple((len(brange), n) for brange, (_, n) in zip(samples, layout.shapes, strict=True))
-        return cls(layout, PackedLayout(kept), samples, layout.token_rows(samples), scales)
-
-    def find(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return what the branch counts at chosen tokens, and where they are among the kept ones.
-
-        Args:
-            rows: per batch, positions ``[k]`` in its flattened tokens ``[b * n]``.
-
-        Returns:
-            ``[K, 1]`` the batch's scale, 0 for tokens of sequences left out; and ``[K]`` positions among the
-            kept tokens, any for those left out, so that shapes do not depend on what was drawn.
-        """
-        weights, found = [], []
-        batches = zip(self.whole.shapes, self.samples, self.scales, strict=True)
-        for (count, n), samples, scale in batches:
-            place = torch.full((count,), -1, device=samples.device)
-            place[samples] = torch.arange(len(samples), device=samples.device)
-            chosen = rows[len(found)]
-            of_sequence = place[chosen // n]
-            weights.append((of_sequence >= 0) * scale)
-            found.append(of_sequence.clamp_min(0) * n + chosen % n)
-        return torch.cat(weights)[:, None], torch.cat(self.layout.packed_rows(found))
+    return subset.add(x, residual)

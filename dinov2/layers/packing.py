@@ -31,6 +31,11 @@ class PackedLayout:
         """Tokens of every batch, ``b * n``."""
         return [b * n for b, n in self.shapes]
 
+    @property
+    def starts(self) -> list[int]:
+        """Packed position of every batch's first token."""
+        return [0, *accumulate(self.sizes)][:-1]
+
     def pack(self, batches: Sequence[Tensor]) -> Tensor:
         """Join batches ``[b, n, D]`` into ``[1, T, D]``; one batch is not copied."""
         flat = [x.reshape(1, -1, x.shape[-1]) for x in batches]
@@ -41,15 +46,6 @@ class PackedLayout:
         parts = packed.split(self.sizes, dim=1)
         return [part.reshape(b, n, -1) for part, (b, n) in zip(parts, self.shapes, strict=True)]
 
-    def token_rows(self, kept: Sequence[Tensor]) -> list[Tensor]:
-        """Return, per batch, the packed positions ``[s * n]`` of the sequences ``kept`` (``[s]`` each)."""
-        rows = [
-            (sequences[:, None] * n + torch.arange(n, device=sequences.device)).flatten()
-            for sequences, (_, n) in zip(kept, self.shapes, strict=True)
-        ]
-        return self.packed_rows(rows)
-
     def packed_rows(self, positions: Sequence[Tensor]) -> list[Tensor]:
         """Turn, per batch, positions ``[k]`` in its flattened tokens ``[b * n]`` into packed positions."""
-        starts = [0, *accumulate(self.sizes)]
-        return [rows + start for rows, start in zip(positions, starts, strict=False)]
+        return [rows + start for rows, start in zip(positions, self.starts, strict=True)]

@@ -54,6 +54,5 @@ class KoLeoLoss(nn.Module):
     @torch.no_grad()
     def _nearest(rows: Tensor, candidates: Tensor, first_row: int) -> Tensor:
         similarity = rows @ candidates.T
-        own = torch.arange(len(rows), device=rows.device)
-        similarity[own, own + first_row] = -1.0
+        similarity.diagonal(offset=first_row).fill_(-1.0)
         return similarity.argmax(dim=1)

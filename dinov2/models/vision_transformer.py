@@ -18,6 +18,7 @@ from dinov2.layers.block import get_attn_bias_and_cat
 from dinov2.layers.layer_norm import LayerNorm
 from dinov2.layers.packing import PackedLayout
 from dinov2.layers.pos_embed import resample_positions
+from dinov2.layers.stochastic_depth import Subset, draw_subsets
 
 FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": Mlp,
@@ -56,12 +57,29 @@ def init_weights_vit_timm(module: nn.Module, name: str = "") -> None:
 class BlockChunk(nn.ModuleList):
     """Consecutive blocks called as one, the unit that FSDP may wrap."""
 
-    def forward(self, x: Tensor, *layout: PackedLayout, rows: Sequence[Tensor] | None = None) -> Tensor:
-        """Transform tokens; with ``rows`` the last block transforms these alone."""
+    def forward(
+        self,
+        x: Tensor,
+        *layout: PackedLayout,
+        rows: Sequence[Tensor] | None = None,
+        subsets: Sequence[Subset] | None = None,
+    ) -> Tensor:
+        """Transform tokens; with ``rows`` the last block transforms these alone.
+
+        ``subsets`` are those of all blocks, one after the other.
+        """
         blocks = [block for block in self if not isinstance(block, nn.Identity)]  # stand for earlier chunks
-        for block in blocks[:-1]:
-            x = block(x, *layout)
-        return blocks[-1](x, *layout) if rows is None else blocks[-1](x, *layout, rows=rows)
+        drawn = iter(subsets or ())
+        for block in blocks:
+            options = {} if rows is None or block is not blocks[-1] else {"rows": rows}
+            if subsets is not None:
+                options["subsets"] = [next(drawn) for _ in block.drop_rates()]
+            x = block(x, *layout, **options)
+        return x
+
+    def drop_rates(self) -> list[float]:
+        """Return the rates of all blocks, one after the other."""
+        return [rate for block in self if not isinstance(block, nn.Identity) for rate in block.drop_rates()]
 
 
 class DinoVisionTransformer(nn.Module):
@@ -253,8 +271,8 @@ class DinoVisionTransformer(nn.Module):
         """
         masks_list = masks_list if masks_list is not None else [None] * len(x_list)
         layout, x = self._packed_tokens(x_list, masks_list)
-        for block in self.blocks:
-            x = block(x, layout)
+        for block, subsets in self._with_subsets(layout):
+            x = block(x, layout, subsets=subsets)
         batches = zip(layout.split(self.norm(x)), layout.split(x), masks_list, strict=True)
         return [self._outputs(*batch) for batch in batches]
 
@@ -275,9 +293,10 @@ class DinoVisionTransformer(nn.Module):
             Normalised tokens ``[k, D]`` per batch.
         """
         layout, x = self._packed_tokens(x_list, masks_list)
-        for block in self.blocks[:-1]:
-            x = block(x, layout)
-        x = self.blocks[-1](x, layout, rows=tokens)
+        *earlier, (last, subsets_of_last) = self._with_subsets(layout)
+        for block, subsets in earlier:
+            x = block(x, layout, subsets=subsets)
+        x = last(x, layout, rows=tokens, subsets=subsets_of_last)
         return list(self.norm(x)[0].split([len(positions) for positions in tokens]))
 
     def _packed_tokens(
@@ -285,6 +304,13 @@ class DinoVisionTransformer(nn.Module):
     ) -> tuple[PackedLayout, Tensor]:
         tokens = [self.prepare_tokens_with_masks(x, m) for x, m in zip(x_list, masks_list, strict=True)]
         return get_attn_bias_and_cat(tokens)  # [1, T, D]
+
+    def _with_subsets(self, layout: PackedLayout) -> list[tuple[nn.Module, list[Subset]]]:
+        """Pair every block, or chunk of blocks, with the sequences that go through each of its branches."""
+        rates = [block.drop_rates() for block in self.blocks]
+        drawn = iter(draw_subsets(layout, sum(rates, []), self.pos_embed.device))
+        pairs = zip(self.blocks, rates, strict=True)
+        return [(block, [next(drawn) for _ in of_block]) for block, of_block in pairs]
 
     def _outputs(self, x_norm: Tensor, x_prenorm: Tensor, masks: Tensor | None) -> dict[str, Any]:
         first_patch = 1 + self.num_register_tokens

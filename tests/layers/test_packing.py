@@ -18,15 +18,6 @@ def test_split_undoes_pack():
     assert all(map(torch.equal, layout.split(packed), batches))
 
 
-def test_token_rows_select_whole_sequences():
-    batches = _batches()
-    layout = PackedLayout.of(batches)
-    kept = [torch.tensor([1]), torch.tensor([4, 0])]
-    rows = torch.cat(layout.token_rows(kept))
-    _, want = get_attn_bias_and_cat(batches, branges=kept)
-    assert torch.equal(layout.pack(batches)[:, rows], want)
-
-
 def test_layouts_are_cached_by_their_shapes():
     first, _ = get_attn_bias_and_cat(_batches())
     second, _ = get_attn_bias_and_cat(_batches())

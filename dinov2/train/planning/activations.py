@@ -13,7 +13,8 @@ One residual branch keeps, per token it computes:
 - feed-forward: MLP ``2 c h`` (before and after the GELU); SwiGLU ``4 c h`` (two halves, the gate's SiLU, the
   product);
 - LayerScale: what it multiplies, ``c d``;
-- stochastic depth: the positions of the tokens, twice, ``16``.
+- stochastic depth: the positions of the tokens, ``8``; and for every token, computed or not, its place,
+  its weight and whether it is kept, ``13``.
 
 In the last block projection, feed-forward and what follows are computed for the chosen tokens alone, those
 that heads and losses look at.
@@ -72,7 +73,9 @@ def _block(work: Workload, block: int, c: int) -> int:
         return 0
     learns = 0 if frozen or work.lora_rank else 1
     inputs = 1 if work.lora_rank else learns
-    scattered = 2 * INDEX if vit.drop_rates[block] > 0 else 0
+    dropping = vit.drop_rates[block] > 0
+    scattered = INDEX if dropping else 0
+    drawn = 2 * work.tokens * (INDEX + FLOAT32 + 1) if dropping else 0
     branch = FLOAT32 * d + 2 * FLOAT32 + scattered
     scaled = c * d * learns * vit.layer_scale
     mixing = inputs * c * d + 4 * c * d + FLOAT32 * vit.heads
@@ -82,11 +85,11 @@ def _block(work: Workload, block: int, c: int) -> int:
         # Attention's result serves as the projection's input where one size of crops needs no packing.
         mixing -= 0 if work.local_crops else inputs * c * d
         per_token = branch + mixing + projection + scattered + feed_forward + 4 * c * work.lora_rank
-        return work.tokens_kept(block) * per_token
+        return drawn + work.tokens_kept(block) * per_token
     # Of the last block only chosen tokens go further than attention.
     attention = FLOAT32 * d + 2 * FLOAT32 + mixing + c * work.lora_rank
     chosen = projection + feed_forward + 3 * c * work.lora_rank
-    return work.tokens_kept(block) * attention + work.tokens_chosen * chosen
+    return drawn + work.tokens_kept(block) * attention + work.tokens_chosen * chosen
 
 
 def _hidden(work: Workload, c: int, inputs: int) -> int:
