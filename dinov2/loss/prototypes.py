@@ -8,7 +8,7 @@ tile, and multiplied back; what is kept are the gradients of the rows and of the
 Shapes: n student rows, d features, K prototypes; a term has V views of c rows that share targets.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dinov2.compiled import compiled
+from dinov2.loss.targets import Targets, added
 from dinov2.loss.tiles import tiles
 
 # Bytes of the scores of one block of rows: large enough for matrix products to run at full speed.
@@ -29,22 +31,27 @@ class Term:
     Attributes:
         start: first of the V * c consecutive student rows, view after view.
         views: V.
-        count: c.
         weights: [c] float32, of each row in the total, the same for all views.
-        targets: returns the float32 targets [r, K] of a slice of the c rows.
-        mass: what the targets of a row sum to.
+        targets: of c rows each, one for every teacher view; they add up.
     """
 
     start: int
     views: int
-    count: int
     weights: Tensor
-    targets: Callable[[slice], Tensor]
-    mass: float = 1.0
+    targets: Sequence[Targets]
+
+    @property
+    def count(self) -> int:
+        return len(self.weights)
 
 
 def prototype_cross_entropy(
-    features: Tensor, prototypes: Tensor, terms: Sequence[Term], temperature: float
+    features: Tensor,
+    prototypes: Tensor,
+    terms: Sequence[Term],
+    temperature: float,
+    *,
+    compile: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Score ``features`` against ``prototypes`` and return the weighted sum of their cross-entropies.
 
@@ -56,6 +63,7 @@ def prototype_cross_entropy(
         prototypes: [K, d].
         terms: what the rows are to predict.
         temperature: student temperature, > 0.
+        compile: run what is no matrix product through torch.compile.
 
     Returns:
         The sum over all rows of weight * -sum_k target_k log softmax_k(features @ prototypes.T / temperature)
@@ -64,7 +72,7 @@ def prototype_cross_entropy(
     kind = features.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
     with torch.autocast(kind, enabled=False):
-        return _CrossEntropy.apply(features, prototypes, tuple(terms), temperature, dtype)
+        return _CrossEntropy.apply(features, prototypes, tuple(terms), temperature, dtype, compile)
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,9 @@ class _Piece:
         for view in range(self.term.views):
             first = self.term.start + view * self.term.count
             yield slice(first + self.rows.start, first + self.rows.stop)
+
+    def targets(self) -> list[Targets]:
+        return [part.part(self.rows) for part in self.term.targets]
 
     def weights(self) -> Tensor:
         return self.term.weights[self.rows].repeat(self.term.views)
@@ -129,7 +140,7 @@ def _scatter(tensor: Tensor, spans: Sequence[slice], values: Tensor) -> None:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, prototypes, terms, temperature, dtype):
+    def forward(ctx, features, prototypes, terms, temperature, dtype, compile):
         wants_features, wants_prototypes = ctx.needs_input_grad[:2]
         matrix = prototypes.to(dtype)
         losses = torch.zeros(len(features), device=features.device)
@@ -144,7 +155,8 @@ class _CrossEntropy(torch.autograd.Function):
             inputs = _gather(features, spans)
             scores = F.linear((inputs / temperature).to(dtype), matrix)
             parts = scores.split([piece.size for piece in block])
-            found = torch.cat([_consume(piece, part) for piece, part in zip(block, parts, strict=True)])
+            consume = _consume_compiled if compile else _consume
+            found = torch.cat([consume(piece, part) for piece, part in zip(block, parts, strict=True)])
             weights = torch.cat([piece.weights() for piece in block])
             _scatter(losses, spans, found)
             total += torch.dot(found, weights)
@@ -172,7 +184,7 @@ class _CrossEntropy(torch.autograd.Function):
             None if gradient is None else gradient.mul_(factor).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
 def _largest_weight(terms: Sequence[Term], like: Tensor) -> Tensor:
@@ -190,13 +202,35 @@ def _consume(piece: _Piece, scores: Tensor) -> Tensor:
     Returns:
         [V * r] float32 cross-entropies.
     """
-    start, stop = piece.rows.start, piece.rows.stop
-    views = scores.view(piece.term.views, stop - start, -1)
+    views = scores.view(piece.term.views, -1, scores.shape[1])
+    targets = piece.targets()
     negative = torch.empty(views.shape[:2], device=scores.device)
-    for which in tiles(stop - start, scores.shape[1], scores.device):
-        targets = piece.term.targets(slice(start + which.start, start + which.stop))
+    for which in tiles(*views.shape[1:], scores.device):
+        wanted = added(part.rows(which) for part in targets)
         for view, out in zip(views[:, which], negative[:, which], strict=True):
             log_probs = torch.log_softmax(view, dim=1, dtype=torch.float32)
-            out.copy_(torch.bmm(targets[:, None], log_probs[:, :, None]).flatten())
-            torch.sub(targets, log_probs.exp_(), alpha=piece.term.mass, out=view)
+            out.copy_(torch.bmm(wanted[:, None], log_probs[:, :, None]).flatten())
+            torch.sub(wanted, log_probs.exp_(), alpha=len(targets), out=view)
     return negative.neg_().flatten()
+
+
+def _consume_compiled(piece: _Piece, scores: Tensor) -> Tensor:
+    """Do what :func:`_consume` does without tiles: a compiled kernel keeps a row's intermediate values."""
+    views = scores.view(piece.term.views, -1, scores.shape[1])
+    targets = piece.targets()
+    factors = [torch.full((), 1.0 / part.temperature, device=scores.device) for part in targets]
+    shifts = [part.bias for part in targets]
+    return compiled(_replace)(views, [part.scores for part in targets], factors, shifts).flatten()
+
+
+def _replace(
+    views: Tensor, scores: Sequence[Tensor], factors: Sequence[Tensor], shifts: Sequence[Tensor]
+) -> Tensor:
+    wanted = added(
+        torch.softmax(part * factor + shift, dim=1)
+        for part, factor, shift in zip(scores, factors, shifts, strict=True)
+    )
+    log_probs = torch.log_softmax(views.float(), dim=2)
+    losses = -(wanted * log_probs).sum(dim=2)
+    views.copy_(wanted - len(scores) * log_probs.exp())
+    return losses

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dinov2 import distributed
+from dinov2.compiled import compiled
 from dinov2.loss.tiles import tiles
 
 TINY = torch.finfo(torch.float32).tiny
@@ -39,6 +40,10 @@ class Targets:
     def rows(self, which: slice) -> Tensor:
         """Return the float32 targets [r, K] of a slice of rows, a new tensor; each row sums to 1."""
         return torch.softmax(self.shifted(which), dim=1)
+
+    def part(self, which: slice) -> "Targets":
+        """Return those of a slice of rows."""
+        return Targets(self.scores[which], self.temperature, self.bias)
 
     def dense(self) -> Tensor:
         """Return all targets, [n, K] float32."""
@@ -76,7 +81,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, n_iterations: int = 3) ->
 
 @torch.no_grad()
 def joint_sinkhorn_knopp(
-    chunks: Sequence[Tensor], temperature: float, n_iterations: int = 3
+    chunks: Sequence[Tensor], temperature: float, n_iterations: int = 3, *, compile: bool = False
 ) -> list[Targets]:
     """:func:`sinkhorn_knopp` of the rows of all chunks together, as targets that are made on demand.
 
@@ -84,6 +89,7 @@ def joint_sinkhorn_knopp(
         chunks: logits [n, K] each; the same number of chunks on every rank, at least one.
         temperature: teacher temperature, > 0.
         n_iterations: rounds of scaling, >= 1.
+        compile: run through torch.compile.
 
     Returns:
         The targets of each chunk; reading them uses no collective. They share one bias.
@@ -92,14 +98,14 @@ def joint_sinkhorn_knopp(
     bias = torch.zeros(width, device=chunks[0].device)
     parts = [Targets(logits, temperature, bias) for logits in chunks]
     for iteration in range(n_iterations):
-        sums = _balanced_sums(parts) if iteration else _first_sums(parts)
+        sums = _balanced_sums(parts, compile) if iteration else _first_sums(parts, compile)
         distributed.all_reduce_sum_(sums)
         # A prototype whose every entry underflowed gets a large, finite scale.
         bias.sub_(sums.clamp_min_(TINY).log_()).sub_(math.log(width))
     return parts
 
 
-def _first_sums(parts: Sequence[Targets]) -> Tensor:
+def _first_sums(parts: Sequence[Targets], compile: bool) -> Tensor:
     """Return the [K] sums of exp(logits / temperature) over all rows, in units of the largest row.
 
     The sum of a row is written as the softmax times the row's own sum; the unit grows as larger rows come.
@@ -108,6 +114,13 @@ def _first_sums(parts: Sequence[Targets]) -> Tensor:
     sums = torch.zeros_like(bias)
     unit = bias.new_full((), float("-inf"))
     for part in parts:
+        if compile and len(part):
+            factor = torch.full_like(unit, 1.0 / part.temperature)
+            larger = torch.maximum(unit, part.scores.amax() * factor)
+            sums.mul_((unit - larger).exp())
+            sums += compiled(_column_sums)(part.scores, factor, larger)
+            unit = larger
+            continue
         for which in tiles(*part.scores.shape, bias.device):
             shifted = part.shifted(which)
             shares = torch.softmax(shifted, dim=1)
@@ -122,13 +135,25 @@ def _first_sums(parts: Sequence[Targets]) -> Tensor:
     return sums.mul_((unit - everywhere).exp())
 
 
-def _balanced_sums(parts: Sequence[Targets]) -> Tensor:
+def _balanced_sums(parts: Sequence[Targets], compile: bool) -> Tensor:
     """Return the [K] sums of the rows as they are scaled now."""
     sums = torch.zeros_like(parts[0].bias)
     for part in parts:
+        if compile and len(part):
+            factor = torch.full((), 1.0 / part.temperature, device=sums.device)
+            sums += compiled(_softmax_sums)(part.scores, factor, part.bias)
+            continue
         for which in tiles(*part.scores.shape, sums.device):
             sums += part.rows(which).sum(dim=0)
     return sums
+
+
+def _column_sums(scores: Tensor, factor: Tensor, unit: Tensor) -> Tensor:
+    return (scores * factor - unit).exp().sum(dim=0)
+
+
+def _softmax_sums(scores: Tensor, factor: Tensor, bias: Tensor) -> Tensor:
+    return torch.softmax(scores * factor + bias, dim=1).sum(dim=0)
 
 
 def added(tensors: Iterable[Tensor]) -> Tensor:

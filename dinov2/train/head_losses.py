@@ -25,17 +25,15 @@ class Entry:
         name: DINOv2's.
         tokens: [V * c, D] student tokens, view after view.
         weights: [c] float32, of each row and the same for all views.
-        targets: returns the targets [r, K] of a slice of the c rows.
-        mass: what the targets of a row sum to.
+        targets: of c rows each, one for every teacher view.
         loss_weight: how often the entry counts in the total.
     """
 
     name: str
     tokens: Tensor
     weights: Tensor
-    targets: Callable[[slice], Tensor]
+    targets: Sequence[Targets]
     loss_weight: float
-    mass: float = 1.0
 
     @property
     def views(self) -> int:
@@ -48,7 +46,7 @@ def dino_entries(
     """Return the entries of the image-level term: every view predicts the teacher's other views.
 
     A global crop has one target, a local crop two, and all pairs count alike. Cross-entropy is linear in the
-    target, so the two of a local crop are added first.
+    target, so the two of a local crop are added up.
 
     Args:
         global_cls: [2B, D] cls tokens.
@@ -60,22 +58,19 @@ def dino_entries(
     local_views = 0 if local_cls is None else len(local_cls) // images
     pairs = max(NUM_GLOBAL_CROPS * local_views, 1) + NUM_GLOBAL_CROPS
     weights = torch.full((NUM_GLOBAL_CROPS * images,), 1.0 / (images * pairs), device=global_cls.device)
-    entries = [Entry("dino_global_crops_loss", global_cls, weights, targets.rows, loss_weight)]
+    entries = [Entry("dino_global_crops_loss", global_cls, weights, [targets], loss_weight)]
     if local_cls is not None:
-        both = partial(_of_both_views, targets, images)
-        entries.append(
-            Entry("dino_local_crops_loss", local_cls, weights[:images], both, loss_weight, mass=2.0)
-        )
+        both = [targets.part(slice(images)), targets.part(slice(images, None))]
+        entries.append(Entry("dino_local_crops_loss", local_cls, weights[:images], both, loss_weight))
     return entries
 
 
-def _of_both_views(targets: Targets, images: int, which: slice) -> Tensor:
-    other = slice(images + which.start, images + which.stop)
-    return targets.rows(which).add_(targets.rows(other))
-
-
 def head_loss(
-    head: Callable[..., tuple[Tensor, Tensor]], entries: Sequence[Entry], student_temp: float
+    head: Callable[..., tuple[Tensor, Tensor]],
+    entries: Sequence[Entry],
+    student_temp: float,
+    *,
+    compile: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Run a student head on the tokens of all its entries at once.
 
@@ -83,6 +78,7 @@ def head_loss(
         head: called as ``head(tokens, then)``, see :class:`dinov2.layers.DINOHead`.
         entries: of this head, at least one.
         student_temp: student temperature, > 0.
+        compile: run the losses through torch.compile.
 
     Returns:
         What the entries add to the total, with its graph, and their values by name, without.
@@ -90,9 +86,9 @@ def head_loss(
     terms, start = [], 0
     for entry in entries:
         weights = entry.loss_weight * entry.weights
-        terms.append(Term(start, entry.views, len(weights), weights, entry.targets, entry.mass))
+        terms.append(Term(start, entry.views, weights, entry.targets))
         start += len(entry.tokens)
-    then = partial(prototype_cross_entropy, terms=terms, temperature=student_temp)
+    then = partial(prototype_cross_entropy, terms=terms, temperature=student_temp, compile=compile)
     total, rows = head(torch.cat([entry.tokens for entry in entries]), then)
     values = rows.split([len(entry.tokens) for entry in entries])
     return total, {

@@ -81,6 +81,7 @@ FREE = (
     "train.log_period",
     "train.sshid",
     "train.activation_checkpointing",
+    "train.compile",
     "train.max_bad_steps",
     "train.process_timeout",
     "train.self_check",

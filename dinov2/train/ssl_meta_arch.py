@@ -26,6 +26,7 @@ from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2.loss.centering import CenteredLoss
 from dinov2.loss.targets import Targets, joint_sinkhorn_knopp
 from dinov2.models import build_model_from_cfg
+from dinov2.train.compilation import compile_blocks, wants_compiling
 from dinov2.train.freezing import freeze_first_blocks, move_towards, moving_pairs
 from dinov2.train.head_losses import NUM_GLOBAL_CROPS, Entry, dino_entries, head_loss
 from dinov2.train.initialization import load_initial_weights
@@ -137,6 +138,7 @@ class SSLMetaArch(nn.Module):
         self.teacher = nn.ModuleDict({"backbone": teacher_backbone, **self._build_heads()})
         self.teacher.requires_grad_(False)
         recompute_activations(student_backbone, cfg.train.activation_checkpointing)
+        self.compile_losses = False
         if self.do_dino:
             self.dino_loss = DINOLoss(self.dino_out_dim, STUDENT_TEMP)
         if self.do_koleo:
@@ -257,7 +259,7 @@ class SSLMetaArch(nn.Module):
 
     def _assign(self, loss: CenteredLoss, chunks: list[Tensor], teacher_temp: float) -> list[Targets]:
         if self.cfg.train.centering == "sinkhorn_knopp":
-            return joint_sinkhorn_knopp(chunks, teacher_temp)
+            return joint_sinkhorn_knopp(chunks, teacher_temp, compile=self.compile_losses)
         return loss.center_jointly(chunks, teacher_temp)
 
     def student_tokens(self, batch: Batch) -> StudentTokens:
@@ -327,13 +329,13 @@ class SSLMetaArch(nn.Module):
         if self.do_ibot:
             weights = batch.masks_weight.float() / len(batch.masks)
             weight = self.cfg.ibot.loss_weight
-            entry = Entry("ibot_loss", tokens.patches, weights, targets.patches.rows, weight)
+            entry = Entry("ibot_loss", tokens.patches, weights, [targets.patches], weight)
             by_head.setdefault(self._patch_part, []).append(entry)
         total = torch.zeros((), device=self.device)
         logged: dict[str, Tensor] = {}
         for part, entries in by_head.items():
             head = partial(self._run_head, self.student, "student", part)
-            loss, values = head_loss(head, entries, STUDENT_TEMP)
+            loss, values = head_loss(head, entries, STUDENT_TEMP, compile=self.compile_losses)
             total = total + loss
             logged |= values
         if self.do_ibot:
@@ -424,6 +426,7 @@ class SSLMetaArch(nn.Module):
             if f"teacher.{name}" not in self.initial_weights.parts:
                 self.teacher[name].load_state_dict(module.state_dict())
         self._restrict_training()
+        self._compile()
         self.precision = Precision(self.cfg.compute_precision, self.device)
         if distributed.is_enabled():
             for tensor in self.state_dict().values():
@@ -439,6 +442,13 @@ class SSLMetaArch(nn.Module):
         freeze_first_blocks(self.student["backbone"], self.cfg.train.freeze_blocks)
         if self.cfg.student.lora_rank:
             add_adapters(self.student["backbone"], self.cfg.student.lora_rank, self.cfg.student.lora_alpha)
+
+    def _compile(self) -> None:
+        setting = self.cfg.train.compile
+        self.compile_losses = wants_compiling(setting, self.device)
+        if self.compile_losses:
+            backbones = (self.student["backbone"], self.teacher["backbone"])
+            compile_blocks(*backbones, required=setting is True)
 
     def fsdp_synchronize_streams(self) -> None:
         """Kept for scripts that call it; there are no private streams to synchronise."""

@@ -7,6 +7,7 @@ from dinov2.layers import DINOHead
 from dinov2.loss import prototypes as module
 from dinov2.loss import tiles
 from dinov2.loss.prototypes import Term, prototype_cross_entropy
+from dinov2.loss.targets import Targets
 
 K, WIDTH, TEMPERATURE = 37, 8, 0.1
 VIEWS, COUNT, SINGLE = 3, 5, 7  # a term of three views of five rows, and one of seven rows
@@ -16,22 +17,27 @@ def problem(seed=0):
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(VIEWS * COUNT + SINGLE, WIDTH, generator=generator).requires_grad_()
     matrix = torch.randn(K, WIDTH, generator=generator).requires_grad_()
-    targets = [torch.rand(n, K, generator=generator).softmax(-1) for n in (COUNT, SINGLE)]
-    targets[0] *= 2  # as of two views that were added
+    targets = [torch.rand(n, K, generator=generator).softmax(-1) for n in (COUNT, COUNT, SINGLE)]
     weights = [torch.rand(n, generator=generator) for n in (COUNT, SINGLE)]
     return features, matrix, targets, weights
 
 
 def terms_of(targets, weights):
     return [
-        Term(0, VIEWS, COUNT, weights[0], lambda which: targets[0][which].clone(), mass=2.0),
-        Term(VIEWS * COUNT, 1, SINGLE, weights[1], lambda which: targets[1][which].clone()),
+        Term(0, VIEWS, weights[0], [as_targets(part) for part in targets[:2]]),
+        Term(VIEWS * COUNT, 1, weights[1], [as_targets(targets[2])]),
     ]
+
+
+def as_targets(probabilities):
+    """Targets are kept as scores and a bias."""
+    scores = 0.5 * probabilities.log()
+    return Targets(scores + torch.arange(K), temperature=0.5, bias=-2.0 * torch.arange(K))
 
 
 def written_out(features, matrix, targets, weights):
     log_probs = torch.log_softmax((features @ matrix.T).float() / TEMPERATURE, dim=-1)
-    rows = -(torch.cat([targets[0]] * VIEWS + [targets[1]]) * log_probs).sum(-1)
+    rows = -(torch.cat([targets[0] + targets[1]] * VIEWS + [targets[2]]) * log_probs).sum(-1)
     return torch.dot(rows, torch.cat([weights[0]] * VIEWS + [weights[1]])), rows
 
 
@@ -89,7 +95,7 @@ def test_products_in_half_precision_and_the_rest_in_float32(dtype):
 def test_no_rows_are_no_loss_with_a_graph():
     features = torch.empty(0, WIDTH, requires_grad=True)
     matrix = torch.randn(K, WIDTH, requires_grad=True)
-    terms = [Term(0, 1, 0, torch.empty(0), lambda which: torch.empty(0, K))]
+    terms = [Term(0, 1, torch.empty(0), [as_targets(torch.empty(0, K))])]
     total, rows = prototype_cross_entropy(features, matrix, terms, TEMPERATURE)
     total.backward()
     assert total.item() == 0.0 and rows.shape == (0,)

@@ -261,6 +261,15 @@ def test_every_strategy_and_precision_trains_as_one_process(every_case, tmp_path
         assert all(share / total == pytest.approx(0.25, abs=0.01) for share, total in shares)
 
 
+@pytest.mark.slow
+def test_compiled_and_sharded_trains_as_one_process_that_is_neither(tmp_path):
+    drop = "student.drop_path_rate=0.3"
+    one = alone(tmp_path / "one", {"case": strategy("FULL_SHARD", "fp32", BALANCED, drop)})
+    compiled = {"case": strategy("FULL_SHARD", "fp32", BALANCED, drop, "train.compile=true")}
+    many = launch(tmp_path / "many", 2, compiled)
+    assert_equal_training(one, many, "case", TOLERANCE["fp32"])
+
+
 @pytest.mark.gpu
 def test_one_process_over_nccl_trains_as_without_sharding(tmp_path):
     cases = {

@@ -124,7 +124,7 @@ def test_bytes_that_prototypes_losses_and_targets_move(centering, images):
                 made = [joint_sinkhorn_knopp([part], 0.07) for part in logits]
             (cls,), (patches,) = made
             entries = dino_entries(features["global"], features["local"], cls, 1.0)
-            entries.append(Entry("ibot", features["patches"], torch.empty(masked), patches.rows, 1.0))
+            entries.append(Entry("ibot", features["patches"], torch.empty(masked), [patches], 1.0))
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 total, _ = head_loss(layer, entries, 0.1)
             total.backward()

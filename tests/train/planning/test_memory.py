@@ -52,6 +52,7 @@ def test_peak_of_a_gpu(number_format):
         "crops.local_crops_size=98",
         "train.centering=sinkhorn_knopp",
         "train.batch_size_per_gpu=32",
+        "train.compile=false",
         number_format=number_format,
     )
     torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,126 @@
+"""Compiled blocks and losses: the same numbers as without, in one piece, and only where a run wants it."""
+
+import logging
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from dinov2 import compiled as compiled_module
+from dinov2.errors import ConfigError
+from dinov2.train import compilation
+from dinov2.train.compilation import compile_blocks, wants_compiling
+from tests.train.planning.steps import SMALL, build, random_batch, resolve
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8, suppress_errors=False):
+        yield
+    torch._dynamo.reset()
+
+
+def gradients(cfg, batch, device):
+    torch.manual_seed(0)
+    model = build(cfg, device)
+    torch.manual_seed(1)  # of stochastic depth
+    losses = model.compute_losses(batch, 0.07)
+    losses.total.backward()
+    return losses, {name: p.grad for name, p in model.student.named_parameters() if p.grad is not None}
+
+
+def assert_equal_gradients(*overrides, device="cpu", number_format="fp32", rel=1e-4):
+    settings = (
+        *SMALL,
+        "dino.koleo_loss_weight=0",
+        *overrides,
+    )  # KoLeo of nearly equal tokens is all rounding
+    plain = resolve(*settings, "train.compile=false", number_format=number_format)
+    batch = random_batch(plain, torch.float32)
+    expected, wanted = gradients(plain, batch, device)
+    cfg = resolve(*settings, "train.compile=true", number_format=number_format)
+    losses, found = gradients(cfg, batch, device)
+    torch.testing.assert_close(losses.total, expected.total, rtol=rel, atol=0.0)
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        assert (gradient - wanted[name]).norm() <= rel * wanted[name].norm() + 1e-9, name
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("student.drop_path_rate=0.4", "student.drop_path_uniform=false", "student.depth=3"),
+        (
+            "student.drop_path_rate=0",
+            "train.centering=centering",
+            "ibot.separate_head=true",
+            "ibot.head_n_prototypes=700",
+        ),
+        ("train.activation_checkpointing=full", "student.block_chunks=2"),
+        ("student.ffn_layer=swiglufused", "train.freeze_blocks=1", "student.num_register_tokens=2"),
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_graphs_are_whole_and_change_nothing(overrides, monkeypatch):
+    """What dynamo and autograd make of the code, run by PyTorch's own operators."""
+
+    @cache
+    def whole(function):
+        return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    for user in ("layers.block", "loss.prototypes", "loss.targets"):
+        monkeypatch.setattr(f"dinov2.{user}.compiled", whole)
+    assert_equal_gradients(*overrides)
+    assert counters["stats"]["unique_graphs"] >= 4
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_compiled_code_computes_the_same(rate):
+    assert_equal_gradients(f"student.drop_path_rate={rate}")
+    assert counters["stats"]["unique_graphs"] >= 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("number_format, rel", [("fp32", 2e-3), ("bf16", 5e-2)])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_compiled_code_of_a_gpu_computes_the_same(rate, number_format, rel):
+    assert_equal_gradients(
+        f"student.drop_path_rate={rate}",
+        "dino.head_n_prototypes=65536",
+        device="cuda",
+        number_format=number_format,
+        rel=rel,
+    )
+    assert counters["stats"]["unique_graphs"] >= 4
+
+
+def test_a_gpu_compiles_unless_told_otherwise(monkeypatch, caplog):
+    monkeypatch.setattr(compilation, "find_spec", lambda name: name)
+    assert wants_compiling(None, GPU) and torch._dynamo.config.suppress_errors
+    assert not wants_compiling(False, GPU)
+    assert not wants_compiling(None, CPU) and wants_compiling(True, CPU)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+    with caplog.at_level(logging.WARNING, logger="dinov2"):
+        assert not wants_compiling(None, GPU)
+    assert "there is no C compiler (install gcc, or set CC)" in caplog.text
+
+
+def test_a_backbone_without_blocks_is_compiled_only_if_nobody_asked():
+    compile_blocks(nn.Linear(2, 2), required=False)
+    with pytest.raises(ConfigError, match="train.compile is true, but Linear has none"):
+        compile_blocks(nn.Linear(2, 2), required=True)
+
+
+def test_code_is_made_for_many_shapes():
+    compiled_module.compiled(lambda x: x)
+    assert torch._dynamo.config.recompile_limit >= 64
