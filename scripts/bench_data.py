@@ -12,10 +12,12 @@ docs/augmentation.md.
 import argparse
 import io
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,19 +27,21 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from dinov2 import cli
-from dinov2.data import DataAugmentationDINO
-from dinov2.data.crop_parameters import CropParameters, draw_crop, from_row
-from dinov2.data.datasets.decoders import ImageDataDecoder
-from dinov2.data.datasets.tensor_decoder import to_tensor
-from dinov2.data.device_crops import OPERATIONS, change_all_colours, change_colours_in_groups
-from dinov2.data.fast_crops import cut
-from dinov2.data.photometric import change_colours, normalizers
-from dinov2.data.random_stream import RandomStream
-from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from dinov2.errors import ConfigError
-from dinov2.utils.device import resolve_device
-from scripts.quickstart.tiles import CARCINOMA, read_slide, tile_corners, tissue_mask
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dinov2 import cli  # noqa: E402 - the line above makes the packages known to a script
+from dinov2.data import DataAugmentationDINO  # noqa: E402
+from dinov2.data.crop_parameters import CropParameters, draw_crop, from_row  # noqa: E402
+from dinov2.data.datasets.decoders import ImageDataDecoder  # noqa: E402
+from dinov2.data.datasets.tensor_decoder import to_tensor  # noqa: E402
+from dinov2.data.device_crops import OPERATIONS, change_all_colours, change_colours_in_groups  # noqa: E402
+from dinov2.data.fast_crops import cut  # noqa: E402
+from dinov2.data.photometric import change_colours, normalizers  # noqa: E402
+from dinov2.data.random_stream import RandomStream  # noqa: E402
+from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # noqa: E402
+from dinov2.errors import ConfigError  # noqa: E402
+from dinov2.utils.device import resolve_device  # noqa: E402
+from scripts.quickstart.tiles import CARCINOMA, read_slide, tile_corners, tissue_mask  # noqa: E402
 
 TILE_SIZES = (224, 512)
 JPEG_QUALITY = 90

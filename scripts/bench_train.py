@@ -13,6 +13,7 @@ project's or DINOv2's own, in turn with this one, and prints the median of the r
 
 import argparse
 import json
+import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,21 +22,23 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dinov2 import cli
-from dinov2.configs import resolve_config
-from dinov2.errors import ConfigError
-from dinov2.models.checkpoint_names import HEADS, NETWORKS
-from dinov2.train.planning.flops import Flops, step_flops, student_forward_flops
-from dinov2.train.planning.hardware import PEAK_TFLOPS, gpu_key
-from dinov2.train.planning.parameters import build_networks
-from dinov2.train.planning.workload import NUM_GLOBAL_CROPS, Workload
-from dinov2.train.precision import DTYPES, effective_dtype
-from dinov2.utils.device import resolve_device
-from scripts.speed import parts
-from scripts.speed.sides import Side
-from scripts.speed.summary import Growth, Median, Rung
-
 REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from dinov2 import cli  # noqa: E402 - the line above makes the packages known to a script
+from dinov2.configs import resolve_config  # noqa: E402
+from dinov2.errors import ConfigError  # noqa: E402
+from dinov2.models.checkpoint_names import HEADS, NETWORKS  # noqa: E402
+from dinov2.train.planning.flops import Flops, step_flops, student_forward_flops  # noqa: E402
+from dinov2.train.planning.hardware import PEAK_TFLOPS, gpu_key  # noqa: E402
+from dinov2.train.planning.parameters import build_networks  # noqa: E402
+from dinov2.train.planning.workload import NUM_GLOBAL_CROPS, Workload  # noqa: E402
+from dinov2.train.precision import DTYPES, effective_dtype  # noqa: E402
+from dinov2.utils.device import resolve_device  # noqa: E402
+from scripts.speed import parts  # noqa: E402
+from scripts.speed.sides import Side  # noqa: E402
+from scripts.speed.summary import Growth, Median, Rung  # noqa: E402
+
 PART_STEPS = 3
 LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}  # relative, between two checkouts
 

@@ -1,6 +1,9 @@
 """What the benchmark of training is made of: counts, parts, statistics, stand-ins, and one short run."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -247,3 +250,11 @@ def test_a_side_that_fails_says_why(tmp_path):
     bench = bench_train.Benchmark(args, tmp_path)
     with pytest.raises(SideError, match="broken checkout"), bench.side(tmp_path, 1):
         pass
+
+
+@pytest.mark.parametrize("name", ["bench_train", "bench_data"])
+def test_a_benchmark_runs_as_a_script_from_anywhere(name, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, str(REPO / f"scripts/{name}.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
