@@ -34,6 +34,16 @@ def test_sinkhorn_of_one_chunk_is_the_plain_one_to_the_bit():
     assert torch.equal(part, before)
 
 
+def test_targets_of_nearly_equal_rows_sum_to_one():
+    """As cls tokens have them at the start of a run: all exponentials of a row are nearly equal."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 65536, generator=generator) / 16 + 1e-4 * torch.randn(
+        4, 65536, generator=generator
+    )
+    targets = sinkhorn_knopp(logits, 0.07)
+    assert (targets.sum(dim=1, dtype=torch.float64) - 1.0).abs().max() < 1e-6
+
+
 def test_several_chunks_are_kept_as_they_came():
     """Half the memory of float32 targets where the heads run in bf16, and nothing shared is overwritten."""
     parts = [part.bfloat16() for part in chunks()]
