@@ -129,7 +129,8 @@ def assert_equal_weights(one, other, name):
         if key.endswith(("attn.qkv.bias", "attn.qkv.base_layer.bias")):
             # Softmax ignores the key bias: its gradient is rounding noise, which Adam scales up.
             value, mine = (torch.cat(t.chunk(3)[::2]) for t in (value, mine))
-        assert (mine - value).norm() <= 1e-5 * value.norm() + 1e-7, key
+        # Adam divides gradients by their own size, which scales rounding up as well.
+        assert (mine - value).norm() <= 3e-5 * value.norm() + 1e-7, key
 
 
 DEFAULT_CASES = {
