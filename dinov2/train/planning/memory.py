@@ -79,7 +79,9 @@ class Memory:
         return int(self.allocated * (1 + FRAGMENTATION)) + self.reserve
 
 
-def step_memory(work: Workload, networks: Networks, layout: Layout, *, processes: int = 1) -> Memory:
+def step_memory(
+    work: Workload, networks: Networks, layout: Layout, *, processes: int = 1, device: str = "cuda"
+) -> Memory:
     """Return the memory of a step after the first, when the optimizer's moments exist.
 
     Args:
@@ -87,6 +89,7 @@ def step_memory(work: Workload, networks: Networks, layout: Layout, *, processes
         networks: their parameters by part.
         layout: number formats and sharding of every part that exists.
         processes: of the run.
+        device: ``cuda`` or ``cpu``, on which the losses walk in tiles of other sizes.
     """
     parts = networks.parts
     student = {part.name: layout["student", part.name] for part in parts}
@@ -129,7 +132,7 @@ def step_memory(work: Workload, networks: Networks, layout: Layout, *, processes
             "input batch": steps * kept.crops,
             "teacher, gathered or rounded": teacher_copies + buffers,
             "teacher scores": steps * sum(scores.values()),
-            "tiles of targets": TILES_ALIVE * TILE_BYTES["cuda"],
+            "tiles of targets": TILES_ALIVE * TILE_BYTES[device],
         },
         "losses": {
             **static,
@@ -139,7 +142,7 @@ def step_memory(work: Workload, networks: Networks, layout: Layout, *, processes
             "heads": sum(head.activations for head in heads.values()),
             "teacher scores": sum(scores.values()),
             "student scores of a block": max(head.scoring for head in heads.values()),
-            "tiles of targets": TILES_ALIVE * TILE_BYTES["cuda"],
+            "tiles of targets": TILES_ALIVE * TILE_BYTES[device],
         },
         "heads done": {
             **static,

@@ -79,7 +79,7 @@ def run_steps(cfg, count: int, device: str = "cpu") -> None:
         train_step(model, optimizer, images, VALUES, 3.0)
 
 
-def calculated(cfg, number_format: str) -> Memory:
+def calculated(cfg, number_format: str, device: str = "cpu") -> Memory:
     """What is calculated for one process."""
     networks = build_networks(cfg)
     size = 4 if number_format == "fp32" else 2
@@ -88,4 +88,4 @@ def calculated(cfg, number_format: str) -> Memory:
         for network in ("student", "teacher")
         for part in networks.parts
     }
-    return step_memory(workload(cfg), networks, layout)
+    return step_memory(workload(cfg), networks, layout, device=device)

@@ -59,4 +59,4 @@ def test_peak_of_a_gpu(number_format):
     before = torch.cuda.memory_allocated()
     run_steps(cfg, 3, device="cuda")
     measured = torch.cuda.max_memory_allocated() - before
-    assert calculated(cfg, number_format).allocated == pytest.approx(measured, rel=0.15)
+    assert calculated(cfg, number_format, "cuda").allocated == pytest.approx(measured, rel=0.15)
