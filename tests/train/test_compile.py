@@ -14,6 +14,7 @@ from dinov2.train import compilation
 from dinov2.train.compilation import compile_blocks, wants_compiling
 from tests.train.planning.steps import SMALL, build, random_batch, resolve
 
+SEPARATE_HEAD = ("ibot.separate_head=true", "ibot.head_n_prototypes=700")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -56,14 +57,16 @@ def assert_equal_gradients(*overrides, device="cpu", number_format="fp32", rel=1
     "overrides",
     [
         ("student.drop_path_rate=0.4", "student.drop_path_uniform=false", "student.depth=3"),
-        (
-            "student.drop_path_rate=0",
-            "train.centering=centering",
-            "ibot.separate_head=true",
-            "ibot.head_n_prototypes=700",
+        pytest.param(
+            ("student.drop_path_rate=0", "train.centering=centering", *SEPARATE_HEAD), marks=pytest.mark.slow
         ),
-        ("train.activation_checkpointing=full", "student.block_chunks=2"),
-        ("student.ffn_layer=swiglufused", "train.freeze_blocks=1", "student.num_register_tokens=2"),
+        pytest.param(
+            ("train.activation_checkpointing=full", "student.block_chunks=2"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ("student.ffn_layer=swiglufused", "train.freeze_blocks=1", "student.num_register_tokens=2"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda overrides: overrides[0],
 )
