@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "hub": "layers models",
     "hub.export": "cli hub layers models",
     "eval": "cli configs data distributed layers logging models utils utils.config",
-    "train": "cli configs data distributed eval fsdp layers logging loss models utils utils.config",
+    "train": "cli compiled configs data distributed eval fsdp layers logging loss models utils utils.config",
     "run": "cli configs data distributed eval logging train utils",
 }
 

@@ -18,9 +18,10 @@ from dinov2.errors import DatasetError
 
 logger = logging.getLogger("dinov2")
 
-# One block of similarities is at most 1024 x 65536 float32: 256 MiB, whatever the data set.
-QUERY_BLOCK = 1024
-STORED_BLOCK = 65_536
+# One block of similarities is at most 512 x 131072 float32: 256 MiB, whatever the data set. Wide ones, as the
+# best of each block have to be found and merged.
+QUERY_BLOCK = 512
+STORED_BLOCK = 131_072
 # Columns of which the maximum alone is looked at first. Sorting groups out pays if at most one in so many
 # is left.
 GROUP = 16

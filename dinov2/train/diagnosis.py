@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dinov2 import distributed
+from dinov2.compiled import uncompiled
 from dinov2.errors import some_of
 from dinov2.fsdp import reshard_fsdp_model
 from dinov2.fsdp.sharding import local_part
@@ -80,7 +81,7 @@ def _observe(
         "activation": "",
         "gradient": "",
     }
-    with _hooks(model, found):
+    with uncompiled(), _hooks(model, found):
         for losses in model.micro_batch_losses(batches, teacher_temp, seed):
             for name, value in {**losses.logged, "total_loss": losses.total}.items():
                 if name not in found["losses"] or not _finite(value):

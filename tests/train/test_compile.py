@@ -10,8 +10,10 @@ from torch._dynamo.utils import counters
 
 from dinov2 import compiled as compiled_module
 from dinov2.errors import ConfigError
+from dinov2.layers.block import Block
 from dinov2.train import compilation
 from dinov2.train.compilation import compile_blocks, wants_compiling
+from dinov2.train.diagnosis import diagnose
 from tests.train.planning.steps import SMALL, build, random_batch, resolve
 
 SEPARATE_HEAD = ("ibot.separate_head=true", "ibot.head_n_prototypes=700")
@@ -82,6 +84,28 @@ def test_graphs_are_whole_and_change_nothing(overrides, monkeypatch):
     assert_equal_gradients(*overrides)
     assert counters["stats"]["unique_graphs"] >= 4
     assert not counters["graph_break"]
+
+
+class Spoils(nn.Module):
+    def forward(self, x):
+        return x * float("nan")
+
+
+def test_what_is_compiled_can_be_looked_into(tmp_path, monkeypatch):
+    """The diagnosis of a step that is not finite names the module inside of a block."""
+    monkeypatch.setattr(
+        "dinov2.layers.block.compiled", lambda function: torch.compile(function, backend="eager")
+    )
+    model = build(resolve(*SMALL, number_format="fp32"))
+    compile_blocks(model.student["backbone"], model.teacher["backbone"], required=True)
+    batch = random_batch(model.cfg, torch.float32)
+    model.compute_losses(batch, 0.07)
+    name, block = next((n, m) for n, m in model.student["backbone"].named_modules() if isinstance(m, Block))
+    block.mlp.act = Spoils()
+    arguments = {"iteration": 3, "images": ["a.png"], "output_dir": tmp_path}
+    found = diagnose(model, [batch], 0.07, lambda number: None, **arguments)
+    assert f"the output of the module student.backbone.{name}.mlp.act was the first" in found
+    assert counters["stats"]["unique_graphs"] > 0  # of the pass before
 
 
 @pytest.mark.slow

@@ -393,7 +393,7 @@ def broken_head(run):
 
 def loud_head(run):
     for network in (run.model.student, run.model.teacher):
-        network["dino_head"].last_layer.weight_g.data.fill_(20.0)
+        network["dino_head"].last_layer.weight_g.data.fill_(100.0)
 
 
 def flat_teacher(run):

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from dinov2.compiled import uncompiled
 from dinov2.data.data_order import DataOrder
 from dinov2.data.device_crops import finish_batch
 from dinov2.errors import DatasetError
@@ -172,11 +173,14 @@ def counted_calls(module: nn.Module | None) -> Iterator[list[None]]:
 
 @contextmanager
 def unchanged(model: SSLMetaArch, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Leave random generators, modes, loss centres and learning rates as they are found; no gradients."""
+    """Leave random generators, modes, loss centres and learning rates as they are found; no gradients.
+
+    Nothing is compiled for shapes that only the checks use.
+    """
     centers = [(loss, _center(loss)) for loss in model.modules() if isinstance(loss, CenteredLoss)]
     rates = [(group, group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     try:
-        with undisturbed(model):
+        with undisturbed(model), uncompiled():
             yield
     finally:
         for loss, (center, pending) in centers:
