@@ -173,6 +173,8 @@ class _WatchedIterator:
     def __init__(self, batches: Any) -> None:
         self._batches = batches
         self._workers = _Workers(batches)
+        if hasattr(batches, "_workers_done_event"):
+            batches._workers_done_event = _DoneEvent(batches._workers_done_event)
 
     def __iter__(self) -> "_WatchedIterator":
         return self
@@ -183,6 +185,30 @@ class _WatchedIterator:
     def __next__(self) -> Any:
         with explained(self._workers, subject=self._workers.subject):
             return next(self._batches)
+
+
+class _DoneEvent:
+    """Tells workers that no more batches are wanted, unless one of them died while it was looking.
+
+    An event of ``multiprocessing`` has a lock, which a worker that is killed may hold; PyTorch would wait for
+    it for ever. Workers that are not told are terminated by PyTorch seconds later.
+    """
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+        self._is_set = False
+
+    def set(self) -> None:
+        """Set the event if its lock can be had."""
+        self._is_set = True
+        lock = self._event._cond  # which has no public name
+        if lock.acquire(timeout=END_SECONDS):
+            lock.release()
+            self._event.set()
+
+    def is_set(self) -> bool:
+        """Return whether :meth:`set` was called; only this process does."""
+        return self._is_set
 
 
 class _Workers:

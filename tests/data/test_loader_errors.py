@@ -1,5 +1,6 @@
 """Workers that die, stall or lack something: real processes, real signals, one sentence each."""
 
+import gc
 import os
 import re
 import resource
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from dinov2.data import loader_errors
 from dinov2.data.loader_errors import NO_MEMORY, WatchedLoader, explained, lacking_resource, translate
 from dinov2.data.workers import worker_options
 from dinov2.errors import ConfigError, DataLoadingError, DatasetError, ImageReadError
@@ -119,6 +121,22 @@ def test_a_worker_killed_while_the_main_process_computes():
 
     with pytest.raises(DataLoadingError, match="signal Killed"):
         train()
+
+
+def test_a_worker_killed_while_it_holds_what_all_share(monkeypatch):
+    """A worker looks at every batch whether it shall end, and holds a lock meanwhile."""
+    monkeypatch.setattr(loader_errors, "END_SECONDS", 0.2)
+    iterator = iter(loader(workers=2))
+    next(iterator)
+    first, second = iterator._workers._processes
+    assert iterator._batches._workers_done_event._event._cond.acquire(timeout=5)  # as the worker had it
+    os.kill(first.pid, signal.SIGKILL)
+    with pytest.raises(DataLoadingError, match="signal Killed"), explained():
+        for _ in iterator:
+            time.sleep(0.05)
+    del iterator
+    gc.collect()
+    assert is_gone(first.pid) and is_gone(second.pid)
 
 
 def test_a_stopped_worker_is_named_and_left_behind():
