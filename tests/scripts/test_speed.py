@@ -252,7 +252,7 @@ def test_a_side_that_fails_says_why(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("name", ["bench_train", "bench_data"])
+@pytest.mark.parametrize("name", ["bench_train", pytest.param("bench_data", marks=pytest.mark.slow)])
 def test_a_benchmark_runs_as_a_script_from_anywhere(name, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, str(REPO / f"scripts/{name}.py"), "--help"]
