@@ -211,8 +211,7 @@ class Train:
     compile: bool | None = setting(
         None,
         "Run transformer blocks and losses through torch.compile: equal but for rounding, nearly twice as "
-        "fast on a GPU and with less memory, and up to a minute more until the first steps are done; null: "
-        "where there is a GPU",
+        "fast on a GPU, and up to a minute more until the first steps are done; null: where there is a GPU",
     )
     max_bad_steps: int = setting(
         24,

@@ -47,6 +47,7 @@ def compile_blocks(*backbones: nn.Module, required: bool) -> None:
     Raises:
         ConfigError: it is, and has none.
     """
+    count = 0
     for backbone in backbones:
         blocks = [module for module in backbone.modules() if isinstance(module, Block)]
         if required and not blocks:
@@ -56,4 +57,5 @@ def compile_blocks(*backbones: nn.Module, required: bool) -> None:
             )
         for block in blocks:
             block.compiled = block.recompute != "selective"
-    logger.info("blocks and losses are compiled: the first steps take longer")
+            count += block.compiled
+    logger.info("compiled are the losses and %d blocks: the first steps take longer", count)
