@@ -3,18 +3,38 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
+from typing import Any
 
 import torch
 
 # Blocks that share a function differ in their shapes, in what is frozen, in whether gradients are taken.
 MOST_VARIANTS = 64
 
+_left_to_autograd: list[Callable] = []
+
+
+def left_to_autograd(function: Callable) -> Callable:
+    """Mark a function around a ``torch.autograd.Function``; also usable as a decorator.
+
+    Compiled code takes its operators in as autograd records them. PyTorch 2.11's dynamo, which otherwise
+    takes such classes apart itself, lost gradients on a GPU.
+    """
+    _left_to_autograd.append(function)
+    return function
+
 
 @cache
-def compiled(function: Callable) -> Callable:
-    """Return ``function`` as compiled code, made anew for shapes that it has no code for."""
+def compiled(function: Callable, **options: Any) -> Callable:
+    """Return ``function`` as compiled code, made anew for shapes that it has no code for.
+
+    Args:
+        function: to compile.
+        options: of ``torch.compile``.
+    """
+    for marked in _left_to_autograd:
+        torch.compiler.allow_in_graph(marked)  # not before: it imports the compiler, more than a second
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
-    return torch.compile(function)
+    return torch.compile(function, **options)
 
 
 def uncompiled() -> AbstractContextManager:

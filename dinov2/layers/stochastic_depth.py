@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dinov2.compiled import left_to_autograd
 from dinov2.layers.packing import PackedLayout
 
 
@@ -128,12 +129,7 @@ class _Move(torch.autograd.Function):
         return moved_back if moved is None else torch.where(moved, moved_back, 0.0), None, None, None
 
 
-# What compiled code calls: PyTorch 2.11's compiler loses the gradients of the class above.
-_move = torch.library.custom_op("dinov2::move_tokens", _Move.forward, mutates_args=())
-_move.register_fake(_Move.forward)
-_move.register_autograd(_Move.backward, setup_context=_Move.setup_context)
-
-
+@left_to_autograd
 def move(x: Tensor, rows: Tensor, back: Tensor, moved: Tensor | None = None) -> Tensor:
     """Gather tokens of ``x [1, A, D]``, and their gradients the other way.
 
@@ -146,4 +142,4 @@ def move(x: Tensor, rows: Tensor, back: Tensor, moved: Tensor | None = None) -> 
     Returns:
         ``[1, B, D]``. Where the result holds tokens that ``back`` does not name, their gradients must be 0.
     """
-    return (_move if torch.compiler.is_compiling() else _Move.apply)(x, rows, back, moved)
+    return _Move.apply(x, rows, back, moved)

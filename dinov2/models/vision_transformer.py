@@ -4,7 +4,7 @@ Shapes: B images, C channels, H W pixels, p patch size, N = H/p * W/p patches, D
 T tokens of several batches packed into one tensor.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -54,8 +54,14 @@ def init_weights_vit_timm(module: nn.Module, name: str = "") -> None:
             nn.init.zeros_(module.bias)
 
 
-class BlockChunk(nn.ModuleList):
-    """Consecutive blocks called as one, the unit that FSDP may wrap."""
+class BlockChunk(nn.Sequential):
+    """Consecutive blocks called as one, the unit that FSDP may wrap.
+
+    Made of a list, like DINOv2's; FSDP of PyTorch before 2.13 does not take subclasses of ``nn.ModuleList``.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module] = ()) -> None:
+        super().__init__(*(blocks.values() if isinstance(blocks, Mapping) else blocks))  # of a slice
 
     def forward(
         self,

@@ -1,7 +1,7 @@
 """Compiled blocks and losses: the same numbers as without, in one piece, and only where a run wants it."""
 
 import logging
-from functools import cache
+from functools import partial
 
 import pytest
 import torch
@@ -75,10 +75,7 @@ def assert_equal_gradients(*overrides, device="cpu", number_format="fp32", rel=1
 def test_graphs_are_whole_and_change_nothing(overrides, monkeypatch):
     """What dynamo and autograd make of the code, run by PyTorch's own operators."""
 
-    @cache
-    def whole(function):
-        return torch.compile(function, fullgraph=True, backend="aot_eager")
-
+    whole = partial(compiled_module.compiled, fullgraph=True, backend="aot_eager")
     for user in ("layers.block", "loss.prototypes", "loss.targets"):
         monkeypatch.setattr(f"dinov2.{user}.compiled", whole)
     assert_equal_gradients(*overrides)
@@ -93,9 +90,7 @@ class Spoils(nn.Module):
 
 def test_what_is_compiled_can_be_looked_into(tmp_path, monkeypatch):
     """The diagnosis of a step that is not finite names the module inside of a block."""
-    monkeypatch.setattr(
-        "dinov2.layers.block.compiled", lambda function: torch.compile(function, backend="eager")
-    )
+    monkeypatch.setattr("dinov2.layers.block.compiled", partial(compiled_module.compiled, backend="eager"))
     model = build(resolve(*SMALL, number_format="fp32"))
     compile_blocks(model.student["backbone"], model.teacher["backbone"], required=True)
     batch = random_batch(model.cfg, torch.float32)
