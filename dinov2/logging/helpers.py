@@ -183,6 +183,7 @@ class MetricLogger:
         images_per_iteration: int | None = None,
         shown: Collection[str] | None = None,
         ends: Callable[[], bool] = lambda: False,
+        waited: Callable[[], float] = lambda: 0.0,
     ) -> Iterator[Any]:
         """Yield ``n_iterations - start_iteration`` items and log at regular ones and at the last.
 
@@ -199,6 +200,8 @@ class MetricLogger:
                 time left, images per second, share of time spent waiting for data, and losses.
             shown: Meters on the short line, None for those that end in ``loss``.
             ends: Tells after an item that ``iterable`` ends with it, before ``n_iterations``.
+            waited: Seconds that were lost for an item while the one before was worked on; they count as
+                waiting for data.
         """
         n_iterations = len(iterable) if n_iterations is None else n_iterations
         line = _ProgressLine(self, header or "", n_iterations, images_per_iteration, shown)
@@ -211,7 +214,7 @@ class MetricLogger:
                 item = next(iterator)
             except StopIteration:
                 break
-            data_time.update(time.perf_counter() - last)
+            data_time.update(time.perf_counter() - last + waited())
             yield item
             now = time.perf_counter()
             iter_time.update(now - last)

@@ -19,6 +19,7 @@ from dinov2.data.unreadable import UnreadableImages
 from dinov2.errors import CollapsedError, Interrupted, WeightsError
 from dinov2.logging import MetricLogger, SmoothedValue
 from dinov2.train.bad_steps import BadSteps
+from dinov2.train.batches import MicroBatches, StepBatches
 from dinov2.train.diagnosis import diagnose
 from dinov2.train.freezing import BackboneStart
 from dinov2.train.input import build_data_loader, in_steps, own_streams, step_samples, stream_count
@@ -136,14 +137,21 @@ class TrainingLoop:
         loader = build_data_loader(
             self.cfg, self.dataset, place.iteration, self.model.precision.input_dtype, order=place.order
         )
+        steps = StepBatches(
+            in_steps(loader, self.cfg.optim.accumulate_steps),
+            self.max_iterations - place.iteration,
+            self.model.device,
+            self.model.precision.input_dtype,
+        )
         batches = self.metrics.log_every(
-            self._announced(loader, place.iteration),
+            self._announced(steps, place.iteration),
             self.cfg.train.log_period,
             "Training",
             self.max_iterations,
             place.iteration,
             images_per_iteration=self.images_per_iteration,
             ends=lambda: self.ended.stop,
+            waited=steps.waited,
         )
         order = place.order
         for iteration, micro_batches in enumerate(batches, start=place.iteration):
@@ -156,6 +164,7 @@ class TrainingLoop:
                 self.cfg.optim.clip_grad,
                 seed=partial(self._seed, iteration),
                 stop_requested=self.stop.requested,
+                meanwhile=partial(self._prepare_next, steps, iteration),
             )
             drawn = order
             order = order.advanced(stream_count(self.cfg), self.cfg.train.batch_size_per_gpu)
@@ -170,10 +179,9 @@ class TrainingLoop:
             raise self.interrupted
         return None
 
-    def _announced(self, loader: Any, start: int) -> Iterator[Any]:
+    def _announced(self, steps: StepBatches, start: int) -> Iterator[MicroBatches]:
         """Yield the micro-batches of each step and tell the watchdog what this process is doing."""
         self.watch.phase(f"starting the loader for iteration {start}")
-        steps = in_steps(loader, self.cfg.optim.accumulate_steps)
         for iteration in count(start):
             # Only now has the last step's row been written.
             if self.interrupted is not None or self.ended.stop:
@@ -182,6 +190,12 @@ class TrainingLoop:
             micro_batches = next(steps)
             self.watch.phase(f"computing iteration {iteration}")
             yield micro_batches
+
+    def _prepare_next(self, steps: StepBatches, iteration: int) -> None:
+        """Have the batches of the next step ready before this one's results are."""
+        self.watch.phase(f"waiting for the data of iteration {iteration + 1}")
+        steps.prepare_next()
+        self.watch.phase(f"computing iteration {iteration}")
 
     def _seed(self, iteration: int, number: int) -> None:
         """Make a step's own randomness, stochastic depth, a function of where the run stands."""

@@ -47,6 +47,7 @@ def train_step(
     *,
     seed: Callable[[int], None] = lambda micro_batch: None,
     stop_requested: bool = False,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Do one optimizer step and move the teacher; nothing moves if a loss or gradient is not finite.
 
@@ -58,6 +59,7 @@ def train_step(
         clip_grad: largest gradient norm of a submodule; falsy for no clipping.
         seed: called with the number of a micro-batch before the student sees it.
         stop_requested: whether this process was asked to stop; comes back as whether any was.
+        meanwhile: called when all gradients are asked for, before waiting for losses and norms.
     """
     micro_batches = [images] if isinstance(images, Mapping) else images
     unreadable = torch.full((), float(len(unreadable_images(micro_batches))), device=model.device)
@@ -78,6 +80,7 @@ def train_step(
     if model.fp16_scaler is not None:
         model.fp16_scaler.unscale_(optimizer)
     gradient_norms = clip_gradients(model.student, clip_grad)
+    meanwhile()
     # Read only now, and all at once: waiting for values leaves a GPU idle.
     reduced, norms = read_values(reduced, gradient_norms)
     unreadable_sum = round(reduced.pop(UNREADABLE) * distributed.get_global_size())

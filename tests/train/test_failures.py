@@ -512,6 +512,9 @@ def test_skipped_steps_are_counted_since_the_start_of_the_run(tiny, tmp_path, mo
     run = (tmp_path / "run", *QUIET, "checkpointing.period=1", "train.max_bad_steps=2")
     with pytest.raises(RuntimeError, match="enough"):
         tiny.start(*run)
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":  # which the end of a process waits for
+            thread.join()
     tiny.start(*run)  # skips iterations 4 and 5, and goes back to 4
     assert "goes back to iteration 4" in (tmp_path / "run" / "logs" / "log.txt").read_text()
     assert [row["skipped_steps"] for row in rows(tmp_path / "run")] == [0, 1, 1, 1, 3, 3]

@@ -4,10 +4,8 @@ The bounds are what the step needs today. A change that raises one makes trainin
 CPU's clock says; one that lowers one may lower the bound here. docs/performance.md says what is counted.
 """
 
-import warnings
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +20,7 @@ from dinov2.train.planning.flops import patch_flops, step_flops
 from dinov2.train.step import train_step
 from scripts.speed.counts import Counts, count, host_tensors
 from tests.train.planning.steps import SMALL, VALUES, build, random_batch, resolve, workload
+from tests.train.waits import reported_waits
 
 SIZES = ("student.embed_dim=48", "student.num_heads=3", "crops.local_crops_number=2")
 
@@ -146,18 +145,6 @@ def test_waits_that_cuda_itself_reports(number_format):
     }
     run.step()
 
-    def reported(function) -> list[str]:
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                function()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        lines = [warning for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
-        return [f"{Path(line.filename).name}:{line.lineno}" for line in lines]
-
-    assert reported(lambda: run.model.forward_backward(run.batch, 0.07)) == []
-    found = reported(run.step)
+    assert reported_waits(lambda: run.model.forward_backward(run.batch, 0.07)) == []
+    found = reported_waits(run.step)
     assert len(found) <= WAITS_PER_STEP, found

