@@ -314,6 +314,8 @@ def test_ci_installs_what_a_bare_machine_lacks_and_then_checks_everything(machin
         "test.sh -n 0 -m slow tests/eval/test_report_rendered.py tests/logging/test_sinks.py",
         "test.sh -m slow -k not stalls tests/train/test_unreadable_run.py "
         "tests/fsdp/test_deferred_reduction.py "
-        "tests/distributed/test_distributed.py tests/eval/test_robustness.py",
+        "tests/distributed/test_distributed.py tests/eval/test_robustness.py tests/hub/test_export_graphs.py "
+        "tests/train/test_accumulation.py::test_one_process_with_two_batches_is_two_processes "
+        "tests/train/test_failures.py::test_a_killed_process_is_named",
         "quickstart.sh --short",
     ]

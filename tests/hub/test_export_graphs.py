@@ -67,7 +67,7 @@ def assert_same(graph, model, size, tolerance=TOLERANCE):
             assert (found[name] - expected[name]).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("to", FILES)
+@pytest.mark.parametrize("to", [pytest.param("onnx", marks=pytest.mark.slow), "torchscript", "torch.export"])
 def test_the_real_weights(to, real_vits14, tmp_path):
     path = exported(
         real_vits14,

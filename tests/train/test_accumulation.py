@@ -104,6 +104,7 @@ def assert_learned(run):
     assert len({str(mask) for step in run.masks for mask in step}) > STEPS
 
 
+@pytest.mark.slow
 def test_one_process_with_two_batches_is_two_processes(tiny, tmp_path):
     two = Run(tiny, tmp_path / "two", *SINKHORN).train(2, 1)
     one = Run(tiny, tmp_path / "one", *SINKHORN).train(1, 2)

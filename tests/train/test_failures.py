@@ -238,7 +238,8 @@ def test_a_stopped_process_is_named(tiny, tmp_path, rank):
     assert "answer" in errors and "it is stopped" in errors or "is stopped; that rank was" in errors
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 0])
 def test_a_killed_process_is_named(tiny, tmp_path, rank):
     processes = Processes(tiny, tmp_path / "run", *LONG, PACE="0.2")
     processes.await_iteration(1)

@@ -49,6 +49,7 @@ def weights(folder, name="model_final"):
     return read_state(folder / name)["model"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_them_and_tells(damaged, tmp_path):
     tolerant = ("train.max_bad_fraction=1", "checkpointing.period=3")
     for workers in (0, 2):
