@@ -40,7 +40,7 @@ def search_here(stored: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
     """Search as the k-NN evaluation does."""
     import torch
 
-    from dinov2.eval.neighbors import find_neighbors
+    from dinov2.eval.neighbor_search import find_neighbors
 
     return find_neighbors(torch.from_numpy(stored), torch.from_numpy(queries), k)[1].numpy()
 

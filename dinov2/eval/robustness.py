@@ -29,7 +29,8 @@ from dinov2.eval.cli import check_draws, make_model_parser, options_for
 from dinov2.eval.data import label_of, sample_names
 from dinov2.eval.feature_store import transform_text
 from dinov2.eval.identity import identity_of
-from dinov2.eval.neighbors import find_neighbors, vote
+from dinov2.eval.neighbor_search import find_neighbors
+from dinov2.eval.neighbors import vote
 from dinov2.eval.perturbations import PERTURBATIONS, PerturbedDataset
 from dinov2.eval.results import SCHEMA_VERSION, SEED, write_summary
 from dinov2.eval.robustness_scores import Origins, robustness

@@ -8,8 +8,9 @@ from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional
 
 from dinov2.errors import DatasetError
-from dinov2.eval import neighbors
-from dinov2.eval.neighbors import find_neighbors, knn_predict, merge_neighbors, vote
+from dinov2.eval import neighbor_search
+from dinov2.eval.neighbor_search import NeighborSearch, find_neighbors, merge_neighbors
+from dinov2.eval.neighbors import knn_predict, vote
 from tests.conftest import load_golden_json, load_golden_tensors
 
 
@@ -51,8 +52,8 @@ def test_knn_predict_normalises_raw_features(golden):
 
 @pytest.mark.parametrize("k", [1, 7, 150])
 def test_neighbors_equal_scikit_learn_across_blocks(monkeypatch, k):
-    monkeypatch.setattr(neighbors, "QUERY_BLOCK", 16)
-    monkeypatch.setattr(neighbors, "STORED_BLOCK", 70)
+    monkeypatch.setattr(neighbor_search, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(neighbor_search, "STORED_BLOCK", 70)
     stored, queries = _clusters(403, seed=0), _clusters(53, seed=1)
     similarities, rows = find_neighbors(stored, queries, k)
     oracle = NearestNeighbors(n_neighbors=k, algorithm="brute", metric="cosine").fit(stored.double().numpy())
@@ -63,7 +64,7 @@ def test_neighbors_equal_scikit_learn_across_blocks(monkeypatch, k):
 
 @pytest.mark.parametrize("k", [1, 3, 10, 37, 60])
 def test_equal_similarities_are_ordered_by_row(monkeypatch, k):
-    monkeypatch.setattr(neighbors, "STORED_BLOCK", 13)
+    monkeypatch.setattr(neighbor_search, "STORED_BLOCK", 13)
     generator = torch.Generator().manual_seed(0)
     stored = torch.randint(-1, 2, (60, 3), generator=generator).float()  # small integers: exact, many ties
     queries = torch.randint(-1, 2, (20, 3), generator=generator).float()
@@ -77,22 +78,76 @@ def test_equal_similarities_are_ordered_by_row(monkeypatch, k):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("k", [1, 4, 20])
 def test_leaving_out_groups_of_columns_changes_nothing(monkeypatch, k, ties):
-    monkeypatch.setattr(neighbors, "STORED_BLOCK", 256)
+    monkeypatch.setattr(neighbor_search, "STORED_BLOCK", 256)
     stored, queries = _clusters(1100, seed=0), _clusters(23, seed=1)
     if ties:
         stored, queries = (part.mul(2).round() for part in (stored, queries))
-    monkeypatch.setattr(neighbors, "GROUP", 1000)  # wider than a block: never left out
+    monkeypatch.setattr(neighbor_search, "GROUP", 1000)  # wider than a block: never left out
     whole = find_neighbors(stored, queries, k)
-    monkeypatch.setattr(neighbors, "GROUP", 4)
-    looked_at, top = [], neighbors._top
+    monkeypatch.setattr(neighbor_search, "GROUP", 4)
+    looked_at, top = [], neighbor_search._top
     monkeypatch.setattr(
-        neighbors,
+        neighbor_search,
         "_top",
         lambda similarities, k: looked_at.append(similarities.shape[1]) or top(similarities, k),
     )
     found = find_neighbors(stored, queries, k)
     assert torch.equal(found[0], whole[0]) and torch.equal(found[1], whole[1])
     assert ties or min(looked_at) < 100
+
+
+@pytest.fixture
+def few_are_many(monkeypatch):
+    """Form groups of few rows already, and ask for how much was looked at."""
+    for name, value in (("MANY_ROWS", 100), ("MANY_QUERIES", 20), ("NUM_GROUPS", 16), ("QUERY_BLOCK", 8)):
+        monkeypatch.setattr(neighbor_search, name, value)
+
+
+def found_plainly(monkeypatch, stored, queries, k):
+    with monkeypatch.context() as patch:
+        patch.setattr(neighbor_search, "MANY_ROWS", len(stored) + 1)
+        return find_neighbors(stored, queries, k)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("k", [1, 4, 20, 150])
+def test_leaving_out_groups_of_rows_changes_nothing(few_are_many, monkeypatch, k, metric):
+    stored, queries = _clusters(1100, seed=0), _clusters(130, seed=1)
+    if metric == "euclidean":
+        stored = torch.cat([stored, -stored.square().sum(dim=1, keepdim=True) / 2], dim=1)
+        queries = torch.cat([queries, torch.ones(len(queries), 1)], dim=1)
+    whole = found_plainly(monkeypatch, stored, queries, k)
+    search = NeighborSearch(stored)
+    batches = [search.find(batch, k) for batch in queries.split(50)]
+    rows = torch.cat([batch[1] for batch in batches])
+    assert (rows == whole[1]).float().mean() > 0.999  # products of other shapes round differently
+    torch.testing.assert_close(torch.cat([batch[0] for batch in batches]), whole[0])
+    groups = search._groups
+    if metric == "cosine" and k < 150:  # else bounds are too wide, or groups too small
+        assert groups.asked == 130 and 0 < groups.looked_at < 0.4 * 130 * len(stored)
+
+
+@pytest.mark.parametrize("k", [1, 3, 10, 60])
+def test_equal_similarities_are_ordered_by_row_in_groups_of_rows_too(few_are_many, monkeypatch, k):
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randint(-1, 2, (300, 3), generator=generator).float()  # small integers: exact, many ties
+    queries = torch.randint(-1, 2, (40, 3), generator=generator).float()
+    whole = found_plainly(monkeypatch, stored, queries, k)
+    search = NeighborSearch(stored)
+    found = search.find(queries, k)
+    assert search._groups is not None
+    assert torch.equal(found[0], whole[0]) and torch.equal(found[1], whole[1])
+
+
+def test_groups_are_given_up_where_nothing_can_be_left_out(few_are_many):
+    generator = torch.Generator().manual_seed(0)
+    stored, queries = (functional.normalize(torch.randn(n, 64, generator=generator)) for n in (400, 60))
+    search = NeighborSearch(stored)
+    search.find(queries, 5)
+    assert search._groups is not None and not search._groups.pay
+    looked_at = search._groups.looked_at
+    search.find(queries, 5)
+    assert search._groups.looked_at == looked_at
 
 
 def test_shards_merge_to_the_whole():

@@ -8,7 +8,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from dinov2.eval.neighbors import find_neighbors, vote
+from dinov2.eval.neighbor_search import find_neighbors
+from dinov2.eval.neighbors import vote
 from dinov2.eval.pictures.canvas import RIGHT, WRONG, Cell, sheet
 
 SHOWN, VOTERS, TEMPERATURE = 8, 20, 0.07
