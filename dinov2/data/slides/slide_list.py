@@ -6,8 +6,9 @@ from pathlib import Path
 
 from dinov2.data.datasets.folders import files_matching, without_repeats
 from dinov2.data.datasets.path_map import PathMap
+from dinov2.data.slides.dicom import name_in_folder
 from dinov2.data.slides.slide_csv import read_slide_csv
-from dinov2.data.slides.sources import SLIDE_SUFFIXES, slide_files_below
+from dinov2.data.slides.sources import FOUND_SUFFIXES, slide_files_below
 from dinov2.errors import DatasetError
 
 
@@ -52,14 +53,14 @@ def list_slides(source: str, *, path_map: PathMap | None = None) -> list[SlideEn
         entries = [SlideEntry(path.stem, str(path))]
     elif path.is_dir():
         entries = [
-            SlideEntry(Path(found).stem, found)
+            SlideEntry(name_in_folder(Path(found)), found)
             for found in without_repeats(source, slide_files_below(source))
         ]
     else:
         entries = [SlideEntry(Path(found).stem, found) for found in _matching(source)]
     if not entries:
         raise DatasetError(
-            f'there is no slide in "{source}": give a folder with {" ".join(SLIDE_SUFFIXES)} files, '
+            f'there is no slide in "{source}": give a folder with {" ".join(FOUND_SUFFIXES)} files, '
             "a pattern in quotes, or a CSV with the column path"
         )
     _check_names(entries)

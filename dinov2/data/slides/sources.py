@@ -6,6 +6,7 @@ from pathlib import Path
 from dinov2.data.datasets.class_numbers import class_numbers
 from dinov2.data.datasets.folders import files_matching, folders_below, without_repeats
 from dinov2.data.datasets.path_map import PathMap
+from dinov2.data.slides.dicom import DICOM_SUFFIX, first_of_each_series
 from dinov2.data.slides.slide_csv import SlideLine, read_slide_csv
 from dinov2.errors import DatasetError
 
@@ -13,6 +14,7 @@ SLIDE_SUFFIXES = (
     *(".svs", ".tif", ".tiff", ".qptiff", ".scn", ".bif"),
     *(".ndpi", ".mrxs", ".vms", ".vmu", ".svslide"),
 )
+FOUND_SUFFIXES = (*SLIDE_SUFFIXES, DICOM_SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,22 @@ def slides_of_folder(root: str, pattern: str = "") -> list[SlideSource]:
         found = slide_files_below(root)
     paths = [str(Path(path).absolute()) for path in without_repeats(root, found)]
     if not paths:
-        wanted = pattern or " ".join(SLIDE_SUFFIXES)
+        wanted = pattern or " ".join(FOUND_SUFFIXES)
         raise DatasetError(f'Slides finds no slide in "{root}" ({wanted}): correct root or pattern')
     return [SlideSource(path) for path in paths]
 
 
 def slide_files_below(root: str) -> list[str]:
-    """Return the files with the suffix of a slide format in a folder and below it, behind links as well."""
-    found = (
-        Path(parent, name)
+    """Return the slide files in a folder and below it, behind links as well; of DICOM one of each series."""
+    files = [
+        path
         for parent, names in folders_below(root)
         for name in names
-        if Path(name).suffix.lower() in SLIDE_SUFFIXES
-    )
-    return [str(path) for path in found if path.is_file()]
+        if (path := Path(parent, name)).suffix.lower() in FOUND_SUFFIXES and path.is_file()
+    ]
+    dicom = [path for path in files if path.suffix.lower() == DICOM_SUFFIX]
+    others = [path for path in files if path.suffix.lower() != DICOM_SUFFIX]
+    return [str(path) for path in (*others, *first_of_each_series(dicom))]
 
 
 def slides_of_manifest(

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinov2.data.datasets.csv_text import csv_lines
-from dinov2.data.slides.sources import SLIDE_SUFFIXES
+from dinov2.data.slides.sources import FOUND_SUFFIXES
 from dinov2.errors import ConfigError, DatasetError, nearest, some_of
 from dinov2.eval.slides.bags import HDF5_SUFFIXES, TORCH_SUFFIX, find_bags, look_at_bag
 
 PATIENT, SLIDE = "patient", "slide"
 # What may follow the name of a slide in a table: of slides, of some that we do not read, and of bags.
-SUFFIXES = (*SLIDE_SUFFIXES, ".dcm", ".czi", ".isyntax", *HDF5_SUFFIXES, TORCH_SUFFIX)
+SUFFIXES = (*FOUND_SUFFIXES, ".czi", ".isyntax", *HDF5_SUFFIXES, TORCH_SUFFIX)
 # More of one kind are counted, not named.
 SHOWN = 20
 

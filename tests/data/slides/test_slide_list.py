@@ -1,10 +1,12 @@
 """Lists of slides from folders, patterns and tables."""
 
+import numpy as np
 import pytest
 
 from dinov2.data.datasets.path_map import PathMap
 from dinov2.data.slides.slide_list import SlideEntry, list_slides
 from dinov2.errors import DatasetError
+from tests.eval.slides.dicom import write_dicom
 
 
 @pytest.fixture
@@ -13,6 +15,9 @@ def folder(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     return tmp_path
+
+
+GLASS = np.full((64, 64, 3), 240, np.uint8)
 
 
 def names(source):
@@ -24,6 +29,31 @@ def test_folder_pattern_and_file(folder):
     assert names(folder / "*.svs") == ["b", "x.y"]
     assert names(folder / "**" / "*.NDPI") == ["c"]
     assert list_slides(str(folder / "b.svs")) == [SlideEntry("b", str(folder / "b.svs"))]
+
+
+def test_a_dicom_series_in_a_folder_is_one_slide_with_the_name_of_the_folder(folder):
+    for series, name in enumerate(("sub/first", "second")):
+        write_dicom(folder / name, GLASS, 0.5, series)
+    (folder / "second" / "broken.dcm").write_bytes(b"no DICOM")
+    found = {entry.name: entry.path for entry in list_slides(str(folder))}
+    assert list(found) == [
+        "a",
+        "b",
+        "broken",
+        "c",
+        "first",
+        "second",
+        "x.y",
+    ]  # to be told of when it is opened
+    assert found["first"] == str(folder / "sub" / "first" / "level0.dcm")
+
+
+def test_two_dicom_series_in_one_folder_are_told_apart_by_a_table_alone(tmp_path):
+    other = write_dicom(tmp_path / "other", GLASS, 0.5, series=7)
+    write_dicom(tmp_path / "slides", GLASS, 0.5)
+    other.rename(tmp_path / "slides" / "of_another.dcm")
+    with pytest.raises(DatasetError, match='two slides would be stored as "slides".*column'):
+        list_slides(str(tmp_path / "slides"))
 
 
 def test_patterns_enter_links_but_no_loops_and_pass_hidden_files_over(folder, monkeypatch):

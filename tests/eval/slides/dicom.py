@@ -45,9 +45,9 @@ def frames_of(level: np.ndarray) -> list[bytes]:
     return frames
 
 
-def write_level(path: Path, level: np.ndarray, mpp: float, number: int) -> None:
+def write_level(path: Path, level: np.ndarray, mpp: float, number: int, series: int = 101) -> None:
     frames = frames_of(level)
-    uid = f"{ROOT}.{number + 1}"
+    uid = f"{ROOT}.{series}.{number + 1}"
     offsets = np.cumsum([0, *(8 + len(frame) for frame in frames[:-1])]).astype("<u4").tobytes()
     spacing = f"{mpp / 1000:.9f}\\{mpp / 1000:.9f}"
     measures = element(0x00280030, "DS", spacing)
@@ -60,7 +60,7 @@ def write_level(path: Path, level: np.ndarray, mpp: float, number: int) -> None:
             element(0x00080018, "UI", uid),
             element(0x00080060, "CS", "SM"),
             element(0x0020000D, "UI", f"{ROOT}.100"),
-            element(0x0020000E, "UI", f"{ROOT}.101"),
+            element(0x0020000E, "UI", f"{ROOT}.{series}"),
             element(0x00200052, "UI", f"{ROOT}.102"),
             element(0x00209311, "CS", "TILED_FULL"),
             element(0x00280002, "US", 3),
@@ -95,12 +95,12 @@ def write_level(path: Path, level: np.ndarray, mpp: float, number: int) -> None:
     path.write_bytes(b"\0" * 128 + b"DICM" + element(0x00020000, "UL", len(meta)) + meta + data)
 
 
-def write_dicom(folder: Path, level0: np.ndarray, mpp: float) -> Path:
+def write_dicom(folder: Path, level0: np.ndarray, mpp: float, series: int = 101) -> Path:
     """Write level 0 and one of half its size; return the file of level 0."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     height, width = (side // 2 * 2 for side in level0.shape[:2])
     level0 = level0[:height, :width]
     half = level0.reshape(height // 2, 2, width // 2, 2, 3).mean(axis=(1, 3)).round().astype(np.uint8)
-    write_level(folder / "level0.dcm", level0, mpp, 0)
-    write_level(folder / "level1.dcm", half, 2 * mpp, 1)
+    write_level(folder / "level0.dcm", level0, mpp, 0, series)
+    write_level(folder / "level1.dcm", half, 2 * mpp, 1, series)
     return folder / "level0.dcm"

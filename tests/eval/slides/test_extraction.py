@@ -362,15 +362,17 @@ def test_tiles_are_resized_for_the_model_only_on_demand():
     assert make_tile_transform(256, 224, **NORMALISATION)(tile).shape == (3, 224, 224)
 
 
-def test_a_dicom_slide_is_read_by_one_of_its_files(extraction, tiny_backbone, pixels, tmp_path):
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_a_dicom_slide_is_read_by_one_of_its_files(extraction, tiny_backbone, pixels, tmp_path, in_folder):
     """A file per level, in JPEG frames; windows are cut from what OpenSlide makes of the whole level."""
     import openslide
 
-    path = write_dicom(tmp_path / "dicom", pixels[1000:1900, 700:1700], MPP)
-    (record,) = extract_all(extraction(path))
-    assert (record["status"], record["slide"], record["backend"]) == ("done", "level0", "openslide")
+    path = write_dicom(tmp_path / "slides" / "dicom", pixels[1000:1900, 700:1700], MPP)
+    (record,) = extract_all(extraction(path.parent.parent if in_folder else path))
+    name = "dicom" if in_folder else "level0"
+    assert (record["status"], record["slide"], record["backend"]) == ("done", name, "openslide")
     assert record["slide_mpp"] == pytest.approx(MPP, abs=1e-4) and record["dimensions"] == [1000, 900]
-    bag = read_bag(tmp_path / "bags/h5_files/level0.h5")
+    bag = read_bag(tmp_path / "bags/h5_files" / f"{name}.h5")
     with openslide.OpenSlide(str(path)) as slide:
         whole = np.asarray(slide.read_region((0, 0), 0, (1000, 900)).convert("RGB"))
     expected = features_by_hand(tiny_backbone, windows_of(whole, bag.coords.tolist(), 224))
