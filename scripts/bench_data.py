@@ -1,21 +1,25 @@
 """Images per second of each augmentation pipeline, and whether the fast one makes the same crops.
 
-    python scripts/bench_data.py
+    python scripts/bench_data.py [--against FOLDER] [--output FILE]
 
 One process, one thread. The tiles are JPEG files (quality 90) cut from the shipped slide and picture; a rate
 counts decoding and all crops of DINOv2's recipe (2 x 224 px, 8 x 96 px). The yardstick is a plain
 torchvision pipeline on PIL images, written out here. The pipelines take turns within a round, and a ratio is
 formed within its round, so that a busy machine slows all alike. Prints the Markdown tables of
-docs/augmentation.md.
+docs/augmentation.md. ``--against`` times the augmentation of another checkout, this project's or DINOv2's
+own, in turn with ours, each in a process of its own, and nothing else.
 """
 
 import argparse
 import io
+import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -27,7 +31,8 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
 
 from dinov2 import cli  # noqa: E402 - the line above makes the packages known to a script
 from dinov2.data import DataAugmentationDINO  # noqa: E402
@@ -42,6 +47,7 @@ from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  
 from dinov2.errors import ConfigError  # noqa: E402
 from dinov2.utils.device import resolve_device  # noqa: E402
 from scripts.quickstart.tiles import CARCINOMA, read_slide, tile_corners, tissue_mask  # noqa: E402
+from scripts.speed.checkouts import Checkout, check_tree  # noqa: E402
 
 TILE_SIZES = (224, 512)
 JPEG_QUALITY = 90
@@ -49,6 +55,9 @@ SCALES = ((0.32, 1.0), (0.05, 0.32))
 LOCAL_CROPS = 8
 COLOUR_BATCH = 8  # images per call when the colours alone are timed on a CPU; 64 on a GPU
 PLAIN = "plain torchvision v1 on PIL"
+OTHER = "the other checkout"
+PIPELINES = ("reference", "fast", "device, CPU part")
+AUGMENTING = REPO / "scripts" / "speed" / "augmenting.py"
 SIGNIFICANCE = 0.01  # for all tests together
 
 # Images per second that one H100 trains on at 50 % of its peak (calc), without and with drop path 0.3.
@@ -169,6 +178,30 @@ def race_pipelines(size: int, *, rounds: int, images: int) -> dict[str, Timing]:
     }
     runs["decoding alone"] = lambda number: decode(files[number % len(files)])
     return race(runs, rounds=rounds, images=images)
+
+
+def race_checkouts(other: Path, size: int, *, rounds: int, images: int) -> dict[str, Timing]:
+    """Time our pipelines and the augmentation of another checkout in turn, on tiles of ``size`` pixels."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        for number, data in enumerate(make_files(size)):
+            Path(folder, f"{number:05d}.jpg").write_bytes(data)
+        settings = {"files": folder, "scales": SCALES, "local_crops": LOCAL_CROPS}
+        trees = {OTHER: (other, ""), **{f"here, {name}": (REPO, name.split(",")[0]) for name in PIPELINES}}
+        sides = {
+            name: stack.enter_context(Checkout(tree, AUGMENTING, {**settings, "pipeline": pipeline}, 1))
+            for name, (tree, pipeline) in trees.items()
+        }
+        timings = {name: Timing([], []) for name in sides}
+        for turn in range(rounds + 1):
+            spent = {name: [side.ask("run", number=0)] for name, side in sides.items()}
+            for number in range(images):
+                for name, side in sides.items():
+                    spent[name].append(side.ask("run", number=images * turn + number))
+            for name, seconds in spent.items():
+                if turn:  # the first round warms up, as the first image of each does
+                    timings[name].cpu.append(sum(each["cpu"] for each in seconds[1:]) / images)
+                    timings[name].wall.append(sum(each["wall"] for each in seconds[1:]) / images)
+    return timings
 
 
 def race_stages(size: int, *, rounds: int, images: int) -> dict[str, Timing]:
@@ -319,14 +352,14 @@ def _regions(make: Pipeline, draws: int, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def rate_table(timings: dict[int, dict[str, Timing]]) -> list[str]:
+def rate_table(timings: dict[int, dict[str, Timing]], yardstick: str = PLAIN) -> list[str]:
     """Return the lines of the table of rates."""
     heads = [f"{size} px: {what}" for size in timings for what in ("CPU", "wall", "gain")]
     lines = [f"| pipeline | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for name in next(iter(timings.values())):
         cells = []
         for by_name in timings.values():
-            own, base = by_name[name], by_name[PLAIN]
+            own, base = by_name[name], by_name[yardstick]
             gain, least, most = own.gain(base)
             cells += [f"{own.rate('cpu'):.0f}", f"{own.rate('wall'):.0f}"]
             cells += [f"{gain:.2f} ({least:.2f} to {most:.2f})"]
@@ -377,8 +410,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=8, help="per pipeline and round (default: 8)")
     parser.add_argument("--draws", type=int, default=150, help="images per comparison (default: 150)")
     parser.add_argument("--seed", type=int, default=0, help="of the comparison, and the next (default: 0)")
+    parser.add_argument("--against", type=Path, help="folder of another checkout, in which dinov2 lies")
+    parser.add_argument("--output", type=Path, help="JSON file to write: seconds per image of every round")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="for the colours")
     return parser
+
+
+def write_timings(output: Path | None, timings: dict[int, dict[str, Timing]]) -> None:
+    """Write the seconds per image of every round as JSON, if there is a file to write to."""
+    if output is not None:
+        sizes = {
+            str(size): {name: asdict(timing) for name, timing in of.items()} for size, of in timings.items()
+        }
+        output.write_text(json.dumps(sizes, indent=2) + "\n")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -386,10 +430,21 @@ def main(args: argparse.Namespace) -> None:
     for name in ("rounds", "images", "draws"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}; use 1 or more")
+    if args.against is not None:
+        check_tree(args.against, "dinov2/data")
+        race = partial(race_checkouts, args.against, rounds=args.rounds, images=args.images)
+        timings = {size: race(size) for size in TILE_SIZES}
+        write_timings(args.output, timings)
+        cli.say(
+            f"Images per second and core, and gain over {args.against} (range of {args.rounds} rounds):\n"
+        )
+        cli.say("\n".join(rate_table(timings, yardstick=OTHER)))
+        return
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as the loader's workers do; it speeds the PIL pipelines up
     device = resolve_device(args.device)
     timings = {size: race_pipelines(size, rounds=args.rounds, images=args.images) for size in TILE_SIZES}
+    write_timings(args.output, timings)
     cli.say(f"Images per second and core, and gain over {PLAIN} (range of {args.rounds} rounds):\n")
     cli.say("\n".join(rate_table(timings)))
     cli.say("\nStages of fast beside decoding, ms of CPU time per image:\n")

@@ -1,9 +1,13 @@
 """How long an exact nearest-neighbour search takes here, in scikit-learn and in faiss, at NCT-CRC's size.
 
     python scripts/bench_eval.py [--stored 100000] [--queries 7180] [--width 384] [--k 200] [--rounds 3]
+        [--against FOLDER] [--output FILE]
 
 Every search runs in a process of its own, which reports its time and its peak memory above that of the
 features, in turn for several rounds. faiss is left out where it is not installed (pip install faiss-cpu).
+``--against`` times the k-NN evaluation of another checkout, this project's or DINOv2's own, in turn with ours
+instead: the public ``KnnModule`` on the same features, batch by batch. Prints a table; ``--output`` writes
+JSON.
 """
 
 import argparse
@@ -13,13 +17,24 @@ import multiprocessing
 import resource
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from dinov2 import cli  # noqa: E402 - the line above makes the packages known to a script
+from dinov2.errors import ConfigError  # noqa: E402
+from scripts.speed.checkouts import Checkout, check_tree  # noqa: E402
+
+VOTING = REPO / "scripts" / "speed" / "voting.py"
 CLASSES = 9
 SPREAD = 0.6
 SAMPLE_SECONDS = 0.005
@@ -100,14 +115,8 @@ def measure(name: str, options: argparse.Namespace, connection) -> None:
     connection.send((seconds, cpu_seconds, peak - before, rows[:: max(1, options.queries // 200)]))
 
 
-def main() -> None:
-    """Measure and print one JSON document."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for flag, default in (("stored", 100_000), ("queries", 7_180), ("width", 384), ("k", 200), ("rounds", 3)):
-        parser.add_argument(f"--{flag}", type=int, default=default)
-    options = parser.parse_args()
+def race(options: argparse.Namespace) -> dict[str, list[tuple]]:
+    """Run all searches in turn; return what :func:`measure` sends, by the name of the search."""
     names = [name for name in SEARCHES if name != "faiss" or importlib.util.find_spec("faiss")]
     context = multiprocessing.get_context("spawn")
     runs: dict[str, list[tuple]] = {name: [] for name in names}
@@ -116,21 +125,96 @@ def main() -> None:
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=measure, args=(name, options, sender))
             process.start()
+            sender.close()  # so that a process that ends without an answer is no endless wait
             runs[name].append(receiver.recv())
             process.join()
-    report = {"options": vars(options)}
-    for name, found in runs.items():
-        report[name] = {
-            "seconds": [round(run[0], 2) for run in found],
-            "cpu_seconds": [round(run[1], 2) for run in found],
-            "peak_mib_above_features": round(max(run[2] for run in found)),
-            "median_time_over_here": round(
-                statistics.median(run[1] / own[1] for run, own in zip(found, runs["here"], strict=True)), 2
-            ),
-            "same_neighbours": round(float((found[0][3] == runs["here"][0][3]).mean()), 6),
+    return runs
+
+
+def race_checkouts(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Let the k-NN module of this checkout and of another vote in turn."""
+    check_tree(options.against, "dinov2/eval")
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        files = {name: str(Path(folder, f"{name}.npy")) for name in ("stored", "queries")}
+        for seed, name in enumerate(files):
+            np.save(files[name], features(getattr(options, name), options.width, seed))
+        settings = {**files, "k": options.k}
+        sides = {
+            name: stack.enter_context(Checkout(tree, VOTING, settings, options.threads))
+            for name, tree in {"here": REPO, "the other checkout": options.against}.items()
         }
-    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+        for turn in range(options.rounds + 1):
+            for name, side in sides.items():
+                found = side.ask("run")
+                if turn:  # the first round warms up
+                    runs[name].append(found)
+    return runs
+
+
+def summary(clocks: dict[str, list[tuple[float, float]]], agree: dict[str, float]) -> dict[str, Any]:
+    """Return seconds, CPU seconds and the median ratio of CPU seconds to ours, by name."""
+    return {
+        name: {
+            "seconds": [round(wall, 2) for wall, _ in runs],
+            "cpu_seconds": [round(cpu, 2) for _, cpu in runs],
+            "median_cpu_time_over_here": round(
+                statistics.median(run[1] / own[1] for run, own in zip(runs, clocks["here"], strict=True)), 2
+            ),
+            "agrees_with_here": round(agree[name], 6),
+        }
+        for name, runs in clocks.items()
+    }
+
+
+def table(report: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    columns = list(next(iter(report.values())))
+    lines = [f"| | {' | '.join(columns).replace('_', ' ')} |", f"|---|{'---|' * len(columns)}"]
+    for name, row in report.items():
+        cells = [", ".join(map(str, cell)) if isinstance(cell, list) else str(cell) for cell in row.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Return the command-line parser."""
+    parser = argparse.ArgumentParser(
+        "bench_eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for flag, default in (("stored", 100_000), ("queries", 7_180), ("width", 384), ("k", 200), ("rounds", 3)):
+        parser.add_argument(f"--{flag}", type=int, default=default)
+    parser.add_argument("--threads", type=int, default=0, help="with --against (default: PyTorch's choice)")
+    parser.add_argument("--against", type=Path, help="folder of another checkout, in which dinov2 lies")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    return parser
+
+
+def main(options: argparse.Namespace) -> None:
+    """Measure, print the table and write the JSON document."""
+    for flag in ("stored", "queries", "width", "k", "rounds"):
+        if getattr(options, flag) < 1:
+            raise ConfigError(f"--{flag} is {getattr(options, flag)}; use 1 or more")
+    if options.k > options.stored:
+        raise ConfigError(f"--k is {options.k}; use at most --stored, which is {options.stored}")
+    if options.against is not None:
+        runs = race_checkouts(options)
+        clocks = {name: [(run["wall"], run["cpu"]) for run in of] for name, of in runs.items()}
+        predictions = {name: np.array(of[0]["predictions"]) for name, of in runs.items()}
+        agree = {name: float((own == predictions["here"]).mean()) for name, own in predictions.items()}
+        report = summary(clocks, agree)
+    else:
+        found = race(options)
+        clocks = {name: [run[:2] for run in of] for name, of in found.items()}
+        agree = {name: float((of[0][3] == found["here"][0][3]).mean()) for name, of in found.items()}
+        report = summary(clocks, agree)
+        for name, of in found.items():
+            report[name]["peak_mib_above_features"] = round(max(run[2] for run in of))
+    if options.output is not None:
+        document = {"options": vars(options), **report}
+        options.output.write_text(json.dumps(document, indent=2, default=str) + "\n")
+    cli.say("\n".join(table(report)))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, get_args_parser().parse_args())

@@ -36,6 +36,7 @@ from dinov2.train.planning.workload import NUM_GLOBAL_CROPS, Workload  # noqa: E
 from dinov2.train.precision import DTYPES, effective_dtype  # noqa: E402
 from dinov2.utils.device import resolve_device  # noqa: E402
 from scripts.speed import parts  # noqa: E402
+from scripts.speed.checkouts import check_tree  # noqa: E402
 from scripts.speed.sides import Side  # noqa: E402
 from scripts.speed.summary import Growth, Median, Rung  # noqa: E402
 
@@ -72,8 +73,8 @@ def configure(args: argparse.Namespace) -> DictConfig:
         given = getattr(args, name)
         if given is not None and given < least:
             raise ConfigError(f"--{name.replace('_', '-')} is {given}; use {least} or more")
-    if args.against is not None and not (args.against / "dinov2" / "train").is_dir():
-        raise ConfigError(f"--against {str(args.against)!r} holds no dinov2/train: name a checkout's folder")
+    if args.against is not None:
+        check_tree(args.against, "dinov2/train")
     overrides = list(args.overrides)
     if args.precision:
         overrides += [

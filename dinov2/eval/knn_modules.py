@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from dinov2 import distributed
 from dinov2.eval.knn_protocols import KnnProtocol
-from dinov2.eval.neighbor_search import NeighborSearch, merge_neighbors
+from dinov2.eval.neighbor_search import find_neighbors, merge_neighbors
 from dinov2.eval.neighbors import usable_ks, vote
 from dinov2.eval.utils import all_gather_and_flatten
 
@@ -60,7 +60,6 @@ class KnnModule(nn.Module):
         shares = train_features.tensor_split(size)
         self.first_row = sum(len(share) for share in shares[:rank])
         self.train_features = self._as_stored(self._prepare(shares[rank].to(device)))
-        self._search = NeighborSearch(self.train_features)
         self.class_means = None
         if protocol.class_means:
             self.class_means = self._class_means(train_features.to(device))
@@ -113,7 +112,7 @@ class KnnModule(nn.Module):
         rows = torch.zeros_like(similarities, dtype=torch.int64)
         k = min(self.max_k, len(self.train_features))
         if k:
-            similarities[:, :k], rows[:, :k] = self._search.find(queries, k)
+            similarities[:, :k], rows[:, :k] = find_neighbors(self.train_features, queries, k)
         return similarities, rows + self.first_row
 
     def _class_means(self, train_features: Tensor) -> Tensor:

@@ -48,47 +48,20 @@ def find_neighbors(stored: Tensor, queries: Tensor, k: int) -> Found:
     Returns:
         Similarities (Q, k) float32 and rows (Q, k) int64, nearest first.
     """
-    return NeighborSearch(stored).find(queries, k)
-
-
-class NeighborSearch:
-    """Searches the same stored features again and again, for queries that come in batches.
-
-    Args:
-        stored: Features (S, D), not copied.
-    """
-
-    def __init__(self, stored: Tensor) -> None:
-        self.stored = stored
-        self._groups: _Groups | None = None
-        self._asked = 0
-
-    def find(self, queries: Tensor, k: int) -> Found:
-        """Do as :func:`find_neighbors`."""
-        stored, queries = self.stored.float(), queries.float()
-        self._asked += len(queries)
-        with torch.no_grad(), _exact_matmul(stored.device):
-            if self._groups is None and self._pays():
-                self._groups = _Groups(stored)
-            if self._groups is not None and self._groups.pay:
-                return self._groups.find(queries, k)
-            # One piece of memory for all blocks: to have the system hand out new pages each time costs a
-            # quarter.
-            space = queries.new_empty(min(QUERY_BLOCK, len(queries)) * min(STORED_BLOCK, len(stored)))
-            blocks = [_find_in_blocks(stored, block, k, space) for block in queries.split(QUERY_BLOCK)]
-        return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
-
-    def _pays(self) -> bool:
-        on_cpu = self.stored.device.type == "cpu"  # elsewhere the host would have to wait for every bound
-        return on_cpu and len(self.stored) >= MANY_ROWS and self._asked >= MANY_QUERIES
+    stored, queries = stored.float(), queries.float()
+    # One piece of memory for all blocks: to have the system hand out new pages each time costs a quarter.
+    space = queries.new_empty(min(QUERY_BLOCK, len(queries)) * min(STORED_BLOCK, len(stored)))
+    # Not on a GPU, where the host would have to wait for every bound.
+    many = stored.device.type == "cpu" and len(stored) >= MANY_ROWS and len(queries) >= MANY_QUERIES
+    with torch.no_grad(), _exact_matmul(stored.device):
+        if many:
+            return _Groups(stored).find(queries, k, space)
+        blocks = [_find_in_blocks(stored, block, k, space) for block in queries.split(QUERY_BLOCK)]
+    return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
 
 
 class _Groups:
-    """Stored features (S, D) in groups round the centres of a round of k-means.
-
-    Attributes:
-        pay: Whether most of the rows could be left out so far.
-    """
+    """Stored features (S, D) in groups round the centres of a round of k-means."""
 
     def __init__(self, stored: Tensor) -> None:
         centres = stored[torch.linspace(0, len(stored) - 1, NUM_GROUPS).long()]
@@ -107,24 +80,22 @@ class _Groups:
         self.radii = torch.zeros(len(self.centres)).scatter_reduce(0, nearest, distances, "amax")
         self.asked = self.looked_at = 0
 
-    @property
-    def pay(self) -> bool:
-        return self.looked_at <= WORTHWHILE_SHARE * self.asked * len(self.stored) or self.asked < MANY_QUERIES
-
-    def find(self, queries: Tensor, k: int) -> Found:
+    def find(self, queries: Tensor, k: int, space: Tensor) -> Found:
         """Do as :func:`find_neighbors`; queries near the same centre need the same groups, so go together."""
         nearest, _ = _nearest(queries, self.centres)
         sizes = [size for size in nearest.bincount().tolist() if size]
-        space = queries.new_empty(min(QUERY_BLOCK, max(sizes)) * min(STORED_BLOCK, len(self.stored)))
         similarities = queries.new_empty(len(queries), k)
         rows = torch.empty(len(queries), k, dtype=torch.int64)
         for alike in nearest.argsort(stable=True).split(sizes):
             for block in alike.split(QUERY_BLOCK):
                 similarities[block], rows[block] = self._find_alike(queries[block], k, space)
-        self.asked += len(queries)
         return similarities, rows
 
     def _find_alike(self, queries: Tensor, k: int, space: Tensor) -> Found:
+        enough_left_out = self.looked_at <= WORTHWHILE_SHARE * self.asked * len(self.stored)
+        if self.asked >= MANY_QUERIES // 2 and not enough_left_out:
+            return _find_in_blocks(self.stored, queries, k, space)
+        self.asked += len(queries)
         products = queries @ self.centres.T
         by_nearness = products.mean(dim=0).argsort(descending=True).tolist()
         enough = next(i for i, rows in enumerate(accumulate(self.sizes[g] for g in by_nearness)) if rows >= k)

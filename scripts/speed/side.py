@@ -1,14 +1,10 @@
 """One checkout of DINOv2 or of this project in a process of its own, doing steps when it is told to.
 
-Started by :class:`scripts.speed.sides.Side` as ``python side.py REQUESTS ANSWERS SETTINGS``: two file
-descriptors, over which JSON documents go line by line, and a JSON document. ``dinov2`` is imported from the
-checkout that PYTHONPATH names first; this file and its neighbours are those of ``bench_train.py``.
+Started by :class:`scripts.speed.sides.Side`, see ``serving.py``.
 """
 
 import contextlib
 import gc
-import json
-import os
 import resource
 import sys
 import time
@@ -46,12 +42,12 @@ class Workbench:
             import stand_ins
 
             stand_ins.before_import(self.device)
-        import dinov2
+        from serving import check_origin
+
         from dinov2.train.ssl_meta_arch import SSLMetaArch
         from dinov2.train.train import build_optimizer
 
-        if not Path(dinov2.__file__).is_relative_to(settings["tree"]):
-            raise RuntimeError(f"dinov2 was imported from {dinov2.__file__}, not from {settings['tree']}")
+        check_origin(settings)
         self._note("imports")
         from dinov2.configs import dinov2_default_config
 
@@ -293,28 +289,7 @@ def status(name: str) -> int:
     )
 
 
-def serve(requests: int, answers: int, settings: dict[str, Any]) -> None:
-    """Answer one request after the other until there are no more."""
-    with os.fdopen(requests) as lines, os.fdopen(answers, "w") as out:
-
-        def answer(make: Callable[[], Any]) -> Any:
-            try:
-                value, failed = make(), ""
-            except Exception as error:  # told to the process that asked, which ends this one
-                value, failed = None, f"{type(error).__name__}: {error}"
-            if not isinstance(value, Workbench):
-                out.write(json.dumps({"answer": value, "failed": failed}) + "\n")
-                out.flush()
-            return value
-
-        bench = answer(lambda: Workbench(settings))
-        if bench is None:
-            return
-        answer(bench.describe)
-        for line in lines:
-            request = json.loads(line)
-            answer(lambda request=request: getattr(bench, request["do"])(**request["with"]))
-
-
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
+    from serving import serve
+
+    serve(Workbench)

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from dinov2.errors import DatasetError
 from dinov2.eval import neighbor_search
-from dinov2.eval.neighbor_search import NeighborSearch, find_neighbors, merge_neighbors
+from dinov2.eval.neighbor_search import find_neighbors, merge_neighbors
 from dinov2.eval.neighbors import knn_predict, vote
 from tests.conftest import load_golden_json, load_golden_tensors
 
@@ -97,57 +97,57 @@ def test_leaving_out_groups_of_columns_changes_nothing(monkeypatch, k, ties):
 
 
 @pytest.fixture
-def few_are_many(monkeypatch):
-    """Form groups of few rows already, and ask for how much was looked at."""
+def grouped(monkeypatch):
+    """Form groups of few rows already; return what is formed."""
     for name, value in (("MANY_ROWS", 100), ("MANY_QUERIES", 20), ("NUM_GROUPS", 16), ("QUERY_BLOCK", 8)):
         monkeypatch.setattr(neighbor_search, name, value)
+    formed, groups = [], neighbor_search._Groups
+    monkeypatch.setattr(
+        neighbor_search, "_Groups", lambda stored: formed.append(groups(stored)) or formed[-1]
+    )
+    return formed
 
 
-def found_plainly(monkeypatch, stored, queries, k):
-    with monkeypatch.context() as patch:
-        patch.setattr(neighbor_search, "MANY_ROWS", len(stored) + 1)
-        return find_neighbors(stored, queries, k)
+def found_plainly(stored, queries, k):
+    blocks = [find_neighbors(stored, batch, k) for batch in queries.split(19)]  # too few for groups
+    return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("k", [1, 4, 20, 150])
-def test_leaving_out_groups_of_rows_changes_nothing(few_are_many, monkeypatch, k, metric):
+def test_leaving_out_groups_of_rows_changes_nothing(grouped, k, metric):
     stored, queries = _clusters(1100, seed=0), _clusters(130, seed=1)
     if metric == "euclidean":
         stored = torch.cat([stored, -stored.square().sum(dim=1, keepdim=True) / 2], dim=1)
         queries = torch.cat([queries, torch.ones(len(queries), 1)], dim=1)
-    whole = found_plainly(monkeypatch, stored, queries, k)
-    search = NeighborSearch(stored)
-    batches = [search.find(batch, k) for batch in queries.split(50)]
-    rows = torch.cat([batch[1] for batch in batches])
-    assert (rows == whole[1]).float().mean() > 0.999  # products of other shapes round differently
-    torch.testing.assert_close(torch.cat([batch[0] for batch in batches]), whole[0])
-    groups = search._groups
+    whole = found_plainly(stored, queries, k)
+    assert not grouped
+    found = find_neighbors(stored, queries, k)
+    assert (found[1] == whole[1]).float().mean() > 0.999  # products of other shapes round differently
+    torch.testing.assert_close(found[0], whole[0])
+    (groups,) = grouped
     if metric == "cosine" and k < 150:  # else bounds are too wide, or groups too small
         assert groups.asked == 130 and 0 < groups.looked_at < 0.4 * 130 * len(stored)
 
 
 @pytest.mark.parametrize("k", [1, 3, 10, 60])
-def test_equal_similarities_are_ordered_by_row_in_groups_of_rows_too(few_are_many, monkeypatch, k):
+def test_equal_similarities_are_ordered_by_row_in_groups_of_rows_too(grouped, k):
     generator = torch.Generator().manual_seed(0)
     stored = torch.randint(-1, 2, (300, 3), generator=generator).float()  # small integers: exact, many ties
     queries = torch.randint(-1, 2, (40, 3), generator=generator).float()
-    whole = found_plainly(monkeypatch, stored, queries, k)
-    search = NeighborSearch(stored)
-    found = search.find(queries, k)
-    assert search._groups is not None
+    whole = found_plainly(stored, queries, k)
+    found = find_neighbors(stored, queries, k)
+    assert len(grouped) == 1
     assert torch.equal(found[0], whole[0]) and torch.equal(found[1], whole[1])
 
 
-def test_groups_are_given_up_where_nothing_can_be_left_out(few_are_many):
+def test_groups_are_given_up_where_nothing_can_be_left_out(grouped):
     generator = torch.Generator().manual_seed(0)
-    stored, queries = (functional.normalize(torch.randn(n, 64, generator=generator)) for n in (400, 60))
-    search = NeighborSearch(stored)
-    search.find(queries, 5)
-    assert search._groups is not None and not search._groups.pay
-    looked_at = search._groups.looked_at
-    search.find(queries, 5)
-    assert search._groups.looked_at == looked_at
+    stored, queries = (functional.normalize(torch.randn(n, 64, generator=generator)) for n in (400, 90))
+    whole = found_plainly(stored, queries, 5)
+    found = find_neighbors(stored, queries, 5)
+    assert grouped[0].asked < 30
+    torch.testing.assert_close(found[0], whole[0])
 
 
 def test_shards_merge_to_the_whole():

@@ -1,9 +1,14 @@
 """The benchmark's yardstick, its statistics, and its tables."""
 
+import json
+
 import pytest
 import torch
 
+from dinov2.errors import ConfigError
+from scripts import bench_data
 from scripts.bench_data import (
+    PIPELINES,
     PLAIN,
     SIGNIFICANCE,
     Timing,
@@ -19,6 +24,7 @@ from scripts.bench_data import (
     plain_pipeline,
     rate_table,
 )
+from tests.conftest import REPO
 
 
 def test_the_yardstick_is_the_reference():
@@ -67,6 +73,19 @@ def test_tables_state_the_gain_within_rounds():
     assert f"| {PLAIN} | 5 | 5 | 1.00 (1.00 to 1.00) |" in rate_table(timings)
     assert "| fast | 10 | 10 | 4.00 (2.00 to 4.00) |" in rate_table(timings)
     assert "| 224 px | fast | 239 to 308 | 20 to 26 |" in core_table(timings)
+
+
+def test_another_checkout_in_turn_with_this_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_data, "TILE_SIZES", (224,))
+    report = tmp_path / "report.json"
+    options = ["--rounds", "1", "--images", "1", "--against", str(REPO), "--output", str(report)]
+    main(get_args_parser().parse_args(options))
+    (timings,) = json.loads(report.read_text()).values()
+    assert list(timings) == ["the other checkout", *(f"here, {name}" for name in PIPELINES)]
+    assert all(timing["cpu"][0] > 0 for timing in timings.values())
+    assert "| here, fast |" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="holds no dinov2/data: name a checkout's folder"):
+        main(get_args_parser().parse_args(["--against", str(tmp_path)]))
 
 
 @pytest.mark.slow

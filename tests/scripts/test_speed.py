@@ -14,9 +14,9 @@ from dinov2.train.planning.hardware import gpu_key
 from dinov2.train.step import train_step
 from scripts import bench_train
 from scripts.speed import parts, stand_ins
+from scripts.speed.checkouts import SideError
 from scripts.speed.counts import count, used_bytes
 from scripts.speed.parts import PartTimer, instrument
-from scripts.speed.sides import SideError
 from scripts.speed.summary import Growth, Median, Rung
 from tests.conftest import REPO
 from tests.train.planning.steps import SMALL, VALUES, build, random_batch, resolve
