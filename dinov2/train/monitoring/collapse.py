@@ -2,7 +2,8 @@
 
 A network that trains from scratch begins with features that look collapsed: nearly all point the same way and
 few prototypes are in use. So what a record says is compared with the start of the run, and a value counts as
-collapsed only where it is bad in itself and also worse than at the start. The limits stand with their names;
+collapsed only where it is bad in itself and also worse than at the start. What the prototypes say does not
+count where labels show that the features have become better. The limits stand with their names;
 docs/evaluation.md shows the runs that they come from.
 """
 
@@ -45,14 +46,38 @@ def find_collapse(
     if record.iteration == 0:
         return ()
     before = start.signals if start is not None else {}
+    assignments = find_dead_assignments(record, start, prototypes=prototypes)
     found = (
         _equal_features(record, before, embed_dim),
         _few_directions(record, before),
-        _one_prototype(record, before, prototypes)
-        or _uniform_assignments(record, before, prototypes)
-        or _equal_assignments(record, before),
+        "" if better_than_start(record, start) else assignments,
     )
     return tuple(reason for reason in found if reason)
+
+
+def find_dead_assignments(record: Record, start: Record | None, *, prototypes: int) -> str:
+    """Return a clause where the DINO head does not tell images apart any more, else an empty text.
+
+    The features need not be bad then: iBOT and KoLeo may go on to improve them.
+
+    Args:
+        record, start, prototypes: as for :func:`find_collapse`.
+    """
+    if record.iteration == 0:
+        return ""
+    before = start.signals if start is not None else {}
+    return (
+        _one_prototype(record, before, prototypes)
+        or _uniform_assignments(record, before, prototypes)
+        or _equal_assignments(record, before)
+    )
+
+
+def better_than_start(record: Record, start: Record | None, signal: str = LABELLED) -> bool:
+    """Tell whether this score lies above the 95 % interval of what the run began with."""
+    if start is None or record.iteration == start.iteration:
+        return False
+    return record.signals.get(signal, math.nan) > start.intervals.get(signal, (math.nan, math.nan))[1]
 
 
 def worse_than_start(record: Record, start: Record | None, signal: str = LABELLED) -> str:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from dinov2.errors import counted
 from dinov2.fsdp import saved_iterations
 from dinov2.train.monitoring.best import update_best
-from dinov2.train.monitoring.collapse import find_collapse, worse_than_start
+from dinov2.train.monitoring.collapse import find_collapse, find_dead_assignments, worse_than_start
 from dinov2.train.monitoring.judge import Decision, Judge
 from dinov2.train.monitoring.records import Record
 from dinov2.train.monitoring.selection import Choice, Selection, describe, name_of
@@ -54,6 +54,13 @@ class RunJudge(Judge):
                 "the features have COLLAPSED after %d iterations: %s. Lower optim.base_lr, or look at the "
                 "centring and the temperatures of the teacher",
                 *(done, "; ".join(newest.collapse)),
+            )
+        dead = find_dead_assignments(newest, start, prototypes=self.model.dino_out_dim)
+        if new and dead and not newest.collapse:
+            logger.warning(
+                "after %d iterations the DINO head does not tell images apart any more, and its term teaches "
+                "nothing; by the labelled images the features are better than at the start: %s",
+                *(done, dead),
             )
         worse = worse_than_start(newest, start) or worse_than_start(newest, start, SLIDE_AUROC)
         if new and worse:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dinov2.train.monitoring.collapse import find_collapse, worse_than_start
+from dinov2.train.monitoring.collapse import find_collapse, find_dead_assignments, worse_than_start
 from dinov2.train.monitoring.records import Record
 
 WIDTH, PROTOTYPES = 384, 65_536
@@ -52,6 +52,18 @@ def test_healthy_features_have_no_reason():
 )
 def test_one_reason_with_both_values(changed, text):
     assert reasons(**changed) == (text,)
+
+
+@pytest.mark.parametrize(("score", "called"), [(0.5, True), (0.6, True), (0.61, False)])
+def test_what_prototypes_say_does_not_count_where_labels_show_better_features(score, called):
+    uniform = {"teacher_prototype_entropy": 11.08, "teacher_prototype_usage_entropy": 11.085}
+    start = Record(0, {**HEALTHY, "knn_balanced_accuracy": 0.5}, {"knn_balanced_accuracy": (0.4, 0.6)})
+    record = Record(100, {**HEALTHY, **uniform, "knn_balanced_accuracy": score})
+    found = find_collapse(record, start, prototypes=PROTOTYPES, embed_dim=WIDTH)
+    assert bool(found) == called
+    assert "to all prototypes alike" in find_dead_assignments(record, start, prototypes=PROTOTYPES)
+    few = Record(100, {**record.signals, "rankme": 3.0})
+    assert find_collapse(few, start, prototypes=PROTOTYPES, embed_dim=WIDTH)  # what features say does
 
 
 def test_features_that_are_no_numbers():
