@@ -97,6 +97,25 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(given=[])
 
 
+def check_loading(what: str, batch_size: int, num_workers: int, resize_size: int | None = None) -> None:
+    """Stop at unusable numbers for the loading of images.
+
+    Args:
+        what: The evaluation, for the message.
+        batch_size, num_workers, resize_size: As given; no size is the default of the evaluation.
+
+    Raises:
+        ConfigError: One is too small.
+    """
+    for name, value, least in (
+        ("--batch-size", batch_size, 1),
+        ("--num-workers", num_workers, 0),
+        ("--resize-size", resize_size, 1),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"{name} of {what} is {value}: give a whole number from {least} up")
+
+
 def check_draws(draws: int) -> None:
     """Stop at an unusable number of bootstrap draws.
 

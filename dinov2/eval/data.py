@@ -58,9 +58,20 @@ def check_same_classes(train_dataset: Dataset, other_dataset: Dataset) -> None:
     """Stop if both datasets name their classes and the names differ: their numbers would mean other things.
 
     Raises:
-        DatasetError: The class names differ.
+        DatasetError: The class names differ, or of two files of labels one has names and the other numbers.
     """
-    ours, theirs = (getattr(dataset, "classes", None) for dataset in (train_dataset, other_dataset))
+    datasets = (train_dataset, other_dataset)
+    ours, theirs = (getattr(dataset, "classes", None) for dataset in datasets)
+    if bool(ours) != bool(theirs) and all(hasattr(dataset, "classes") for dataset in datasets):
+        named, numbered = ("training", "other") if ours else ("other", "training")
+        names = some_of(ours or theirs, CLASSES_SHOWN)
+        found = f"the {named} labels are names, {names}, and those of the {numbered} dataset are numbers"
+        if type(train_dataset) is type(other_dataset):
+            raise DatasetError(
+                f"{found}: which number stands for which name can not be told, so write either in both (one "
+                "label that is no whole number makes all of a file names)"
+            )
+        logger.warning("%s: names are taken to be numbered from 0 in the order of the alphabet", found)
     if ours and theirs and list(ours) != list(theirs):
         raise DatasetError(
             f"the classes of the datasets differ, {some_of(ours, CLASSES_SHOWN)} versus "

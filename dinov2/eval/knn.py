@@ -25,6 +25,7 @@ from dinov2.eval.cli import (
     add_metric_option,
     add_result_options,
     check_draws,
+    check_loading,
     make_parser,
     options_for,
 )
@@ -272,6 +273,7 @@ def eval_knn_with_model(
         DatasetError: A dataset string is wrong, or labels are missing or do not belong together.
     """
     _check_options(nb_knn, temperature, n_per_class_list, n_tries)
+    check_loading("k-NN", batch_size, num_workers, protocol.resize_size)
     check_draws(bootstrap_draws)
     transform = transform or make_classification_eval_transform(
         resize_size=protocol.resize_size, **(normalisation or {})

@@ -3,6 +3,7 @@
 Letters: B images per process, D width, C classes, W processes, S training samples.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from dinov2.eval.knn_protocols import KnnProtocol
 from dinov2.eval.neighbor_search import find_neighbors, merge_neighbors
 from dinov2.eval.neighbors import usable_ks, vote
 from dinov2.eval.utils import all_gather_and_flatten
+
+logger = logging.getLogger("dinov2")
 
 PLAIN = KnnProtocol()
 CLASS_MEANS = "class means"
@@ -192,6 +195,13 @@ def create_module_dict(
             full = module(train_features=train_features, train_labels=train_labels, nb_knn=nb_knn)
             modules["full"] = ModuleDictWithForward({"1": full})
             continue
+        few = {label: len(rows) for label, rows in mapping.items() if len(rows) < n_per_class}
+        if few:
+            label, count = next(iter(few.items()))
+            logger.warning(
+                '"%d per class" takes all samples of %d of %d classes, which have fewer: class %s has %d',
+                *(n_per_class, len(few), len(mapping), label, count),
+            )
         tries = {}
         for seed in range(n_tries):
             rows = filter_train(mapping, n_per_class, seed)

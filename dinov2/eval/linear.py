@@ -21,7 +21,14 @@ from dinov2 import cli, distributed
 from dinov2.data import SamplerType, make_data_loader
 from dinov2.data.transforms import make_classification_eval_transform, make_classification_train_transform
 from dinov2.errors import ConfigError
-from dinov2.eval.cli import add_metric_option, add_result_options, check_draws, make_parser, options_for
+from dinov2.eval.cli import (
+    add_metric_option,
+    add_result_options,
+    check_draws,
+    check_loading,
+    make_parser,
+    options_for,
+)
 from dinov2.eval.data import (
     check_known_labels,
     check_same_classes,
@@ -112,7 +119,9 @@ def make_eval_data_loader(
 def _eval_transform(
     normalisation: Mapping[str, Sequence[float]] | None, resize_size: int | None
 ) -> Callable[[Any], Tensor]:
-    return make_classification_eval_transform(resize_size=resize_size or RESIZE_SIZE, **(normalisation or {}))
+    return make_classification_eval_transform(
+        resize_size=RESIZE_SIZE if resize_size is None else resize_size, **(normalisation or {})
+    )
 
 
 def test_on_datasets(
@@ -285,6 +294,7 @@ def run_eval_linear(
         save_checkpoint_frequency=save_checkpoint_frequency,
         eval_period_iterations=eval_period_iterations,
     )
+    check_loading("the linear evaluation", batch_size, num_workers, resize_size)
     check_draws(bootstrap_draws)
     if augment and features is not None:
         raise ConfigError(

@@ -18,7 +18,14 @@ from torch.utils.data import Dataset
 from dinov2 import cli, distributed
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.errors import ConfigError, DatasetError
-from dinov2.eval.cli import add_metric_option, add_result_options, check_draws, make_parser, options_for
+from dinov2.eval.cli import (
+    add_metric_option,
+    add_result_options,
+    check_draws,
+    check_loading,
+    make_parser,
+    options_for,
+)
 from dinov2.eval.data import make_labelled_datasets
 from dinov2.eval.extract import cls_extraction
 from dinov2.eval.feature_store import transform_text
@@ -308,9 +315,14 @@ def eval_log_regression_with_model(
             "C can be chosen on one dataset only: give either --finetune-dataset-str or --finetune-on-val"
         )
     _check_single_C(single_C)
+    if max_train_iters < 1:
+        raise ConfigError(f"--max-train-iters is {max_train_iters}: give a whole number from 1 up")
+    check_loading("logistic regression", batch_size, num_workers, resize_size)
     check_draws(bootstrap_draws)
     transform = make_classification_eval_transform(
-        resize_size=resize_size or IMAGE_SIZE, crop_size=IMAGE_SIZE, **(normalisation or {})
+        resize_size=IMAGE_SIZE if resize_size is None else resize_size,
+        crop_size=IMAGE_SIZE,
+        **(normalisation or {}),
     )
     strings = {"train": train_dataset_str, "val": val_dataset_str, "finetune": finetune_dataset_str}
     datasets = make_labelled_datasets(strings, transform, path_map)

@@ -17,6 +17,7 @@ from dinov2.eval.knn import (
     get_args_parser,
     main,
 )
+from dinov2.eval.knn_protocols import KnnProtocol
 from dinov2.eval.metrics import AccuracyAveraging
 from dinov2.eval.perturbations import PERTURBATIONS
 from dinov2.eval.report.collect import collect
@@ -122,6 +123,9 @@ def test_too_many_neighbours_are_clamped(tiny_case, tiny_backbone, tmp_path, cap
         ({"nb_knn": []}, r"neighbours are \[\]"),
         ({"temperature": 0.0}, "temperature of k-NN is 0.0"),
         ({"n_per_class_list": [0]}, r"use \[0\] training samples per class"),
+        ({"batch_size": 0}, "--batch-size of k-NN is 0: give a whole number from 1 up"),
+        ({"num_workers": -1}, "--num-workers of k-NN is -1: give a whole number from 0 up"),
+        ({"protocol": KnnProtocol(resize_size=0)}, "--resize-size of k-NN is 0"),
     ],
 )
 def test_numbers_out_of_range(tiny_case, tiny_backbone, tmp_path, options, message):
@@ -170,3 +174,30 @@ def test_robustness_of_the_validation_dataset_beside_the_results(tiny_case, tmp_
     assert found["pretrained_weights"] == str(tiny_case.weights)
     assert [row["perturbation"] for row in found["perturbations"]] == ["stain"]
     assert {result.evaluation for result in collect(tmp_path, "run").shown()} == {"knn"}
+
+
+def labels_file(path, tiny_case, labels):
+    folder = tiny_case.val.removeprefix("ImageFolder:root=")
+    rows = [f"{folder}/neoplastic/{number}.png,{label}" for number, label in enumerate(labels)]
+    path.write_text("path,label\n" + "\n".join(rows) + "\n")
+    return f"CustomImageDataset:split=TRAIN:root=/:extra={path}"
+
+
+def test_numbers_here_and_names_there_are_refused(tiny_case, tiny_backbone, tmp_path, caplog):
+    numbers = labels_file(tmp_path / "numbers.csv", tiny_case, [0, 1, 2])
+    names = labels_file(tmp_path / "names.csv", tiny_case, ["a", "b", "nan"])
+    for train, val in ((numbers, names), (names, numbers)):
+        with pytest.raises(
+            DatasetError, match="names, .*, and those of the .* are numbers: which number stands"
+        ):
+            eval_knn_with_model(tiny_backbone, str(tmp_path), train, val, nb_knn=[1], num_workers=0)
+    with caplog.at_level(logging.WARNING, logger="dinov2"):
+        eval_knn_with_model(tiny_backbone, str(tmp_path), tiny_case.train, numbers, nb_knn=[1], num_workers=0)
+    assert "names are taken to be numbered from 0 in the order of the alphabet" in caplog.text
+
+
+def test_too_few_images_of_a_class_are_told(tiny_case, tiny_backbone, tmp_path, caplog):
+    options = {"nb_knn": [1], "n_per_class_list": [1000], "num_workers": 0}
+    with caplog.at_level(logging.WARNING, logger="dinov2"):
+        eval_knn_with_model(tiny_backbone, str(tmp_path), tiny_case.train, tiny_case.val, **options)
+    assert '"1000 per class" takes all samples of' in caplog.text

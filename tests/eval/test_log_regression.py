@@ -128,6 +128,20 @@ def test_unusable_values(evaluate, given):
         evaluate(single_C=given)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_train_iters": 0}, "--max-train-iters is 0: give a whole number from 1 up"),
+        ({"batch_size": 0}, "--batch-size of logistic regression is 0"),
+        ({"num_workers": -1}, "--num-workers of logistic regression is -1"),
+        ({"resize_size": 0}, "--resize-size of logistic regression is 0"),
+    ],
+)
+def test_numbers_out_of_range(evaluate, options, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(**options)
+
+
 def test_a_fit_that_is_cut_off_is_told(evaluate, caplog):
     with caplog.at_level("WARNING", logger="dinov2"):
         evaluate(single_C=1e5, max_train_iters=2)

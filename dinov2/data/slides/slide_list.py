@@ -58,6 +58,8 @@ def list_slides(source: str, *, path_map: PathMap | None = None) -> list[SlideEn
         ]
     else:
         entries = [SlideEntry(Path(found).stem, found) for found in _matching(source)]
+    if not entries and not path.exists() and not glob.has_magic(source):
+        raise DatasetError(f'"{source}" does not exist: correct the path')
     if not entries:
         raise DatasetError(
             f'there is no slide in "{source}": give a folder with {" ".join(FOUND_SUFFIXES)} files, '

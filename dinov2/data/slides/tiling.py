@@ -117,7 +117,7 @@ def why_no_tile(slide: Slide, found: Surveyed, recipe: TilingRecipe) -> str:
     width, height = slide.bounds[2:]
     return (
         f"a tile of {recipe.size} px at {recipe.mpp:g} um is {found.plan.side} px of the slide wide, and the "
-        f"scanned area is {width} x {height} px: give a smaller --size, or --edges pad"
+        f"scanned area is {width} x {height} px: make tiles smaller, or give --edges pad"
     )
 
 

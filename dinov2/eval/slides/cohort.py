@@ -314,9 +314,15 @@ def _read_rows(path: Path, columns: Columns) -> list[tuple[int, tuple[str, str, 
         names = [name.strip() for name in reader.fieldnames or ()]
         for name in wanted:
             if name not in names:
+                listed = f"only {', '.join(names)}" if names else "it is empty"
+                separated = next((mark for mark in ";\t" if len(names) == 1 and mark in names[0]), "")
+                advice = (
+                    f"separate columns by commas, not by {'tabs' if separated == chr(9) else separated}"
+                    if separated
+                    else "give --target, --patient-column and --slide-column as the header has them"
+                )
                 raise DatasetError(
-                    f'"{path}" has no column "{name}"{nearest(name, names)}, only {", ".join(names)}: give '
-                    "--target, --patient-column and --slide-column as the header has them"
+                    f'"{path}" has no column "{name}"{nearest(name, names)}, {listed}: {advice}'
                 )
         reader.fieldnames = names
         return [(reader.line_num, tuple(row[name].strip() for name in wanted)) for row in reader]

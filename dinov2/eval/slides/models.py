@@ -91,7 +91,11 @@ def load_model(path: str | Path) -> TrainedAggregator:
         RuntimeError,
         pickle.UnpicklingError,
     ) as error:
-        reason = str(error).split("\n")[0]
+        # PyTorch advises to load what it refuses without its safeguards: no advice to pass on.
+        refused = isinstance(error, pickle.UnpicklingError)
+        reason = (
+            "it holds more than tensors, or is no file of PyTorch" if refused else str(error).split("\n")[0]
+        )
         raise WeightsError(
             f'"{path}" is not a trained aggregator ({reason}): give a model_fold_<n>.pt of '
             "python -m dinov2.eval.slides.train"

@@ -141,6 +141,11 @@ def test_two_slides_of_one_name(folder):
         list_slides(str(folder))
 
 
+def test_nothing_there(tmp_path):
+    with pytest.raises(DatasetError, match='nowhere" does not exist: correct the path'):
+        list_slides(str(tmp_path / "nowhere"))
+
+
 def test_nothing_found(tmp_path):
     with pytest.raises(DatasetError, match="there is no slide in"):
         list_slides(str(tmp_path))

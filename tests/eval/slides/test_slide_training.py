@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2.errors import ConfigError, DatasetError
+from dinov2.errors import ConfigError, DatasetError, WeightsError
 from dinov2.eval.predictions import read_predictions
 from dinov2.eval.report import charts
 from dinov2.eval.report.collect import collect
@@ -313,6 +313,29 @@ def test_options_out_of_range_are_refused(small, tmp_path):
         run(small, tmp_path / "out", "--patient-column", "patientt")
     with pytest.raises(ConfigError, match='positive class is "maybe"'):
         run(small, tmp_path / "out", "--positive", "maybe")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", 'no column "patient", it is empty: give --target'),
+        ("patient;slide;msi\na;b;c\n", "separate columns by commas, not by ;"),
+        ("patient\tslide\tmsi\n", "separate columns by commas, not by tabs"),
+    ],
+)
+def test_tables_of_another_form_are_told(small, tmp_path, text, message):
+    table = tmp_path / "labels.csv"
+    table.write_text(text)
+    with pytest.raises(DatasetError, match=message):
+        run(small, tmp_path / "out", "--labels", str(table))
+
+
+def test_what_is_no_aggregator_is_refused_without_advice_to_trust_it(tmp_path):
+    path = tmp_path / "table.pt"
+    path.write_text("patient,slide\n")
+    with pytest.raises(WeightsError, match="is not a trained aggregator") as caught:
+        load_model(path)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_thinning_takes_other_tiles_each_epoch_and_all_at_test(tmp_path):
