@@ -72,14 +72,17 @@ def merge(
 def suggest_key(path: str) -> str:
     """Return a hint at the valid key nearest to an unknown one, or an empty string.
 
-    A key of the same name in another section comes first, then a similar name in the same section, then a
-    similar name anywhere.
+    A key of the same section that goes on where the name ends comes first, then one of the same name in
+    another section, then a similar name in the same section, then a similar name anywhere.
     """
     section, _, name = path.rpartition(".")
     namesakes = [key for key in KEYS if _leaf(key).lower() == name.lower()]
     siblings = {_leaf(key): key for key in KEYS if key.rpartition(".")[0] == section}
     # compute_precision has the same names six times over; only a whole path tells those apart.
     others = {_leaf(key): key for key in KEYS if not key.startswith("compute_precision.")}
+    longer = next((key for leaf, key in siblings.items() if name and leaf.startswith(f"{name}_")), "")
+    if longer:
+        return f' (did you mean "{longer}"?)'
     if namesakes:
         match = difflib.get_close_matches(path, namesakes, n=1, cutoff=0.0)
         return f' (did you mean "{match[0]}"?)'

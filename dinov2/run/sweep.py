@@ -18,6 +18,7 @@ import yaml
 
 from dinov2.errors import ConfigError, OutputError
 
+OUTPUT_KEYS = ("train.output_dir", "output-dir", "output_dir")
 FILE_NAME = "sweep.json"
 # File systems take names of 255 bytes; a value keeps its end, which tells paths apart.
 VALUE_LENGTH = 60
@@ -62,6 +63,10 @@ def combinations(sweeps: Sequence[str]) -> list[Combination]:
             )
         if key in grid:
             raise ConfigError(f"--sweep names {key} twice: give all its values at once, separated by commas")
+        if key in OUTPUT_KEYS:
+            raise ConfigError(
+                f"--sweep {key}: every job gets a folder of its own below --output-dir; leave it out"
+            )
         grid[key] = _split(key, text)
     rows = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     names = _folder_names(rows)
@@ -146,10 +151,19 @@ def _split(key: str, text: str) -> list[str]:
     values = [flow[node.start_mark.index : node.end_mark.index].strip() for node in root.value]
     if not values or "" in values:
         raise ConfigError(f'--sweep {key}="{text}" has an empty value: write KEY=VALUE,VALUE')
-    for value in values:
-        if values.count(value) > 1:
+    read = [repr(_read(value)) for value in values]
+    for value, meaning in zip(values, read, strict=True):
+        if read.count(meaning) > 1:
             raise ConfigError(f"--sweep {key} has the value {value} twice: name each value once")
     return values
+
+
+def _read(text: str) -> object:
+    """Return what a config makes of a text: YAML, in which 1e-4 is a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return yaml.safe_load(text)
 
 
 def _unquoted(text: str) -> str:

@@ -102,6 +102,7 @@ def test_a_single_problem_is_a_single_sentence():
         ("optim.warmup_pochs", "optim.warmup_epochs"),
         ("optim.warmup", "optim.warmup_epochs"),
         ("optim.sshid", "train.sshid"),
+        ("train.batch_size", "train.batch_size_per_gpu"),
         ("optim.batch_size_per_gpu", "train.batch_size_per_gpu"),
         ("train.official_epoch_length", "train.OFFICIAL_EPOCH_LENGTH"),
         ("OFFICIAL_EPOCH_LENGTH", "train.OFFICIAL_EPOCH_LENGTH"),

@@ -62,6 +62,8 @@ def test_a_list_arrives_in_the_config_as_a_list():
         (["a.b=[1,2"], "cannot be read as YAML values"),
         (["a.b=1],[2"], "cannot be read as YAML values"),
         (["a.b=1,2,1"], "has the value 1 twice"),
+        (["a.b=1e-4,0.0001"], "has the value 1e-4 twice"),
+        (["train.output_dir=a,b"], "every job gets a folder of its own below --output-dir"),
         (["a.b=1", "a.b=2"], "names a.b twice"),
     ],
 )

@@ -116,6 +116,10 @@ def step_memory(
     kept = backbone_activations(work, c)
     heads = {name: head_memory(work, name, student[name].compute) for name in work.heads}
     scores = {name: _teacher_scores(work, name, teacher[name].compute) for name in work.heads}
+    largest_scores = max(
+        (FLOAT32 * size // teacher[name].compute for name, size in scores.items()), default=0
+    )
+    tile = min(TILE_BYTES[device], largest_scores)
     one_waiting = kept.crops + sum(scores.values())
     steps = work.accumulate_steps
 
@@ -132,7 +136,7 @@ def step_memory(
             "input batch": steps * kept.crops,
             "teacher, gathered or rounded": teacher_copies + buffers,
             "teacher scores": steps * sum(scores.values()),
-            "tiles of targets": TILES_ALIVE * TILE_BYTES[device],
+            "tiles of targets": TILES_ALIVE * tile,
         },
         "losses": {
             **static,
@@ -142,7 +146,7 @@ def step_memory(
             "heads": sum(head.activations for head in heads.values()),
             "teacher scores": sum(scores.values()),
             "student scores of a block": max(head.scoring for head in heads.values()),
-            "tiles of targets": TILES_ALIVE * TILE_BYTES[device],
+            "tiles of targets": TILES_ALIVE * tile,
         },
         "heads done": {
             **static,

@@ -20,7 +20,7 @@ from dinov2.train.planning.workload import Workload
 from dinov2.train.precision import Precision
 from dinov2.train.run_length import total_iterations
 
-LARGEST_BATCH = 2**16  # where the search for what fits ends
+LARGEST_BATCH = 2**24  # where the search for what fits ends
 
 
 @dataclass(frozen=True)
