@@ -316,6 +316,9 @@ def test_ci_installs_what_a_bare_machine_lacks_and_then_checks_everything(machin
         "tests/fsdp/test_deferred_reduction.py "
         "tests/distributed/test_distributed.py tests/eval/test_robustness.py tests/hub/test_export_graphs.py "
         "tests/train/test_accumulation.py::test_one_process_with_two_batches_is_two_processes "
-        "tests/train/test_failures.py::test_a_killed_process_is_named",
+        "tests/train/test_failures.py::test_a_killed_process_is_named "
+        "tests/train/test_self_check_processes.py "
+        "tests/fsdp/test_saving.py::test_two_processes_save_beside_their_training_and_fail_together "
+        "tests/scripts/test_readme.py tests/run/test_submit.py tests/logging/test_helpers.py",
         "quickstart.sh --short",
     ]

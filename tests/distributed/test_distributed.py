@@ -69,6 +69,7 @@ def torchrun(worker, processes, device="cpu", **extra):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun_even_inside_a_slurm_allocation(worker):
     result = torchrun(worker, 2, SLURM_JOB_ID="1", SLURM_NTASKS="8", SLURM_PROCID="0")
     assert result.returncode == 0, result.stderr
@@ -86,6 +87,7 @@ def test_one_process_under_torchrun_makes_a_group(worker):
     assert "rank 0 of 1: group=True sum=[1, 1]" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_two_slurm_tasks(worker):
     slurm = {
         "SLURM_JOB_ID": "7",

@@ -328,6 +328,7 @@ def _fail(*_):
     raise RuntimeError("no memory for the copies")
 
 
+@pytest.mark.slow
 def test_two_processes_save_beside_their_training_and_fail_together(tmp_path):
     outcomes = run_in_processes(_save_together, str(tmp_path))
     for total, first, same_numbers, second, raised in outcomes:

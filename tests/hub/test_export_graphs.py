@@ -67,7 +67,14 @@ def assert_same(graph, model, size, tolerance=TOLERANCE):
             assert (found[name] - expected[name]).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("to", [pytest.param("onnx", marks=pytest.mark.slow), "torchscript", "torch.export"])
+@pytest.mark.parametrize(
+    "to",
+    [
+        pytest.param("onnx", marks=pytest.mark.slow),
+        "torchscript",
+        pytest.param("torch.export", marks=pytest.mark.slow),
+    ],
+)
 def test_the_real_weights(to, real_vits14, tmp_path):
     path = exported(
         real_vits14,
@@ -121,7 +128,12 @@ def test_images_of_another_size_are_refused(to, one_block):
 
 
 @pytest.mark.parametrize(
-    ("to", "dtype"), [("onnx", "float16"), ("torchscript", "bfloat16"), ("torch.export", "float16")]
+    ("to", "dtype"),
+    [
+        pytest.param("onnx", "float16", marks=pytest.mark.slow),
+        ("torchscript", "bfloat16"),
+        ("torch.export", "float16"),
+    ],
 )
 def test_half_precision(to, dtype, tmp_path):
     model = variant(depth=1)
@@ -142,6 +154,7 @@ def test_onnx_has_no_bfloat16(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pth"]
 
 
+@pytest.mark.slow
 def test_large_onnx_weights_go_beside_the_graph(tmp_path, monkeypatch):
     monkeypatch.setattr(export_graphs, "ONNX_INLINE_BYTES", 1000)
     model = variant(depth=1)
@@ -163,6 +176,7 @@ def test_a_missing_exporter_is_named(tmp_path, monkeypatch):
         exported(weights, "onnx", tmp_path, "--num-heads", str(HEADS))
 
 
+@pytest.mark.slow
 def test_graphs_run_where_this_project_is_not_installed(one_block):
     code = f"""
 import sys

@@ -196,6 +196,7 @@ def _log_as_one_of_two(folder):
     return metrics.a.global_avg, metrics.b.global_avg, metrics.a.count, len(collectives)
 
 
+@pytest.mark.slow
 def test_two_processes_agree_in_one_collective_and_write_their_own_files(tmp_path):
     outcomes = run_in_processes(_log_as_one_of_two, str(tmp_path))
     average = (0.0 + 10.0 + 11.0) / 3

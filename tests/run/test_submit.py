@@ -34,6 +34,7 @@ def test_defaults_and_aliases_are_those_of_upstream():
     assert get_args_parser().parse_args(["--nnodes", "3"]).nodes == 3
 
 
+@pytest.mark.slow
 def test_a_job_of_two_processes_runs_and_they_find_each_other(tmp_path):
     args = parse("--cluster", "local", "--ngpus", "2", "--output-dir", tmp_path / "%j", "a.b=1")
     before = copy.deepcopy(args)
@@ -45,6 +46,7 @@ def test_a_job_of_two_processes_runs_and_they_find_each_other(tmp_path):
     assert notes[0]["opts"] == ["a.b=1"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_job_is_queued_again_and_finishes(tmp_path):
     job = submit_jobs(
         SumOfRanks,

@@ -65,6 +65,7 @@ def after_a_run(real_vits14, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_lines_that_load_the_result_run_as_they_stand(after_a_run):
     section = README.split("## Load the result")[1].split("\n## ")[0]
     code = section.split("```python\n")[1].split("```")[0]

@@ -8,6 +8,8 @@ from omegaconf import OmegaConf
 from tests.distributed.launch import run_script
 from tests.train.conftest import TinyRun
 
+pytestmark = pytest.mark.slow
+
 FAULTS = ("none", "masks", "teacher", "forward", "tile")
 
 
