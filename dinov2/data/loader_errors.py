@@ -9,6 +9,7 @@ import errno
 import re
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,8 +143,11 @@ def explained(workers: "_Workers | None" = None, *, subject: str = THIS_PROCESS)
     """
     try:
         yield
-    except (UserError, RuntimeError, OSError, MemoryError) as error:
-        translated = translate(error, workers.describe() if workers else "", subject=subject)
+    except (UserError, RuntimeError, OSError, MemoryError, EOFError) as error:
+        # What a process that dies while it hands a batch over leaves behind.
+        broken_off = workers is not None and isinstance(error, EOFError | ConnectionError)
+        news = RuntimeError(workers.death()) if broken_off else error
+        translated = translate(news, workers.describe() if workers else "", subject=subject)
         if translated is None:
             raise
         if workers and isinstance(translated, DataLoadingError):
@@ -233,6 +237,22 @@ class _Workers:
             f"{state} and owes the next batch" if number == debtor else state
             for number, state in enumerate(states)
         )
+
+    def death(self) -> str:
+        """Return in PyTorch's words which process has died, in a while at most; empty if none has."""
+        end = time.monotonic() + END_SECONDS
+        try:
+            while time.monotonic() < end:
+                for process in self._processes:
+                    if process.exitcode is not None and process.exitcode < 0:
+                        died_of = signal.strsignal(-process.exitcode)
+                        return f"DataLoader worker (pid {process.pid}) is killed by signal: {died_of}."
+                    if process.exitcode:
+                        return f"DataLoader worker (pid {process.pid}) exited with {process.exitcode}."
+                time.sleep(0.01)
+        except RuntimeError as news:  # PyTorch's own, of the same death
+            return str(news)
+        return ""
 
     def end(self) -> None:
         """Kill the processes. SIGTERM, which PyTorch sends, does not reach one that is stopped."""

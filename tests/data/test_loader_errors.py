@@ -139,6 +139,38 @@ def test_a_worker_killed_while_it_holds_what_all_share(monkeypatch):
     assert is_gone(first.pid) and is_gone(second.pid)
 
 
+class BreaksOff:
+    """Stands for PyTorch's iterator whose worker dies while it hands a batch over."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __next__(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [EOFError(), ConnectionResetError(104, "Connection reset by peer")], ids=repr
+)
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_batch_that_breaks_off_is_the_death_of_its_worker(monkeypatch, error, killed):
+    monkeypatch.setattr(loader_errors, "END_SECONDS", 5.0 if killed else 0.2)
+    iterator = iter(loader(workers=2))
+    next(iterator)
+    first, _ = iterator._workers._processes
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch tells of the death itself
+    try:
+        if killed:
+            os.kill(first.pid, signal.SIGKILL)
+        iterator._batches = BreaksOff(error)
+        with pytest.raises(DataLoadingError if killed else type(error)) as caught:
+            next(iterator)
+    finally:
+        iterator._workers.end()
+        signal.signal(signal.SIGCHLD, handler)
+    assert not killed or f"process {first.pid} was ended from outside (signal Killed)" in str(caught.value)
+
+
 def test_a_stopped_worker_is_named_and_left_behind():
     # It stops while it reads: stopped while it hands a batch over, it would be waited for without a time-out.
     text = failure_of(loader(send_myself, signal.SIGSTOP, timeout=3))
