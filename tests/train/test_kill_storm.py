@@ -18,7 +18,7 @@ from tests.checkpoints import read_state
 from tests.conftest import REPO
 
 KILLS = 30
-ITERATIONS = 150
+ITERATIONS = 240
 TIMED = {"iter_time", "data_time", "images_per_second", "max_mem_mib"}
 
 
@@ -68,7 +68,7 @@ class Storm:
             before = min(before, self.rows())  # rows that are written again are dropped at the start
             assert all(map(alive, ranks)), self.log.read_text()[-3000:]
             time.sleep(0.01)
-        time.sleep(self.random.uniform(0, 2.0))
+        time.sleep(self.random.uniform(0, 0.8))
         assert all(map(alive, ranks)), "the run ended before it could be killed: make it longer"
         self.while_saving += any(self.output.glob(".model_*.tmp"))
         victims = ranks
