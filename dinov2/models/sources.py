@@ -11,6 +11,7 @@ from dinov2.models.folders import choose_file, no_choice
 from dinov2.models.hf_hub import fetch_from_hub
 from dinov2.models.integrity import check_digest, require_file
 from dinov2.models.releases import RELEASE_URLS, fetch_release
+from dinov2.models.run_folders import advice
 from dinov2.models.shards import INDEX_SUFFIX
 from dinov2.models.zenodo import farm_file, fetch_from_zenodo
 
@@ -113,12 +114,8 @@ def _in_folder(folder: Path, entry: str) -> Path:
     if chosen is not None:
         require_file(folder / chosen)
         return folder / chosen
-    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
-        raise WeightsError(
-            f'The folder "{folder}" is a checkpoint of torch.distributed.checkpoint: turn it into one file '
-            f'with "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pth" '
-            "(or dcp_to_torch_save of that module) and name that file."
-        )
+    if instead := advice(folder):
+        raise WeightsError(f'The folder "{folder}" {instead}.')
     raise WeightsError(no_choice(f'The folder "{folder}"', names, entry))
 
 

@@ -18,6 +18,7 @@ from dinov2.models.entries import leaves
 from dinov2.models.head_weights import load_head
 from dinov2.models.integrity import sha256_of
 from dinov2.models.pretrained import BackboneWeights, LoadReport, load_backbone, open_weights
+from dinov2.models.run_folders import advice
 from dinov2.models.stored import StoredTensor
 from dinov2.models.values import check_values
 from dinov2.train.head_files import ContinuedFiles, find_files
@@ -182,9 +183,8 @@ def _missing_heads(files: ContinuedFiles, head: str, missing: list[str]) -> str:
     """Return the sentence for heads that are not there: what is there, and which config would fit it."""
     names = " and ".join(checkpoint_name(key) for key in missing)
     sentence = f"head.head_path {files.place!r} lacks {names}"
-    exports = sorted(Path(files.place).glob("eval/*/"), key=lambda folder: folder.stat().st_mtime)
-    if exports:
-        sentence += f"; the folder of a run's export is meant, such as {exports[-1]}"
+    if instead := advice(Path(files.place).expanduser()):
+        sentence += f"; that folder {instead}"
     if len(missing) == 1:
         sentence += ", while the other network's is there: student and teacher heads are needed together"
     elif head == "ibot_head" and any("dino_head" in key for key in files.heads):

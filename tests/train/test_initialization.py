@@ -378,8 +378,21 @@ def test_heads_of_a_run_state_are_found(tiny, first_run, tmp_path):
     consolidate(first_run / "model_final", state)
     model = SSLMetaArch(tiny.resolve(*SEPARATE, f"head.head_path={state}"))
     assert {"student.ibot_head", "teacher.dino_head"} <= model.initial_weights.parts.keys()
-    with pytest.raises(WeightsError, match="export is meant, such as .*training_5"):
-        SSLMetaArch(tiny.resolve(*SEPARATE, f"head.head_path={first_run}"))
+
+
+@pytest.mark.parametrize("key", ["head.head_path", "student.pretrained_weights"])
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [("", "of a whole run"), ("eval", "of a whole run"), ("model_final", "a checkpoint of a run")],
+)
+def test_folders_of_a_run_are_told_what_to_name(tiny, first_run, key, place, what):
+    with pytest.raises(WeightsError) as refused:
+        SSLMetaArch(tiny.resolve(*SEPARATE, f"{key}={first_run / place}"))
+    message = str(refused.value)
+    assert f"is {what}: name " in message
+    assert f"such as {first_run}/eval/training_5" in message
+    command = f"python -m dinov2.fsdp.consolidate {first_run}/model_final weights.pth"
+    assert (command in message) == (place == "model_final")
 
 
 def test_what_is_left_unused_is_said(tiny, exported, caplog):
