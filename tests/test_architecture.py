@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "layers": "compiled",
     "models": "layers terminal",
     "models.inspect": "cli layers models",
-    "loss": "compiled distributed",
+    "loss": "compiled distributed layers",
     "logging": "distributed",
     "fsdp": "distributed",
     "fsdp.consolidate": "cli distributed fsdp",

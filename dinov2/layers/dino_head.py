@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2.layers.prototype_scores import prototype_scores
+
 
 class WeightNormLinear(nn.Module):
     """Bias-free linear layer whose rows are ``weight_g * weight_v / |weight_v|`` (Salimans & Kingma 2016).
@@ -35,7 +37,7 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor, then: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
         """Return ``x [..., in] @ weight.T``, or ``then(x, weight)``, which makes the product itself."""
-        return F.linear(x, self.weight.to(x.dtype)) if then is None else then(x, self.weight)
+        return prototype_scores(x, self.weight.to(x.dtype)) if then is None else then(x, self.weight)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

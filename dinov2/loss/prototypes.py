@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2.compiled import compiled
+from dinov2.layers.prototype_scores import prototype_scores
 from dinov2.loss.targets import Targets, added
 from dinov2.loss.tiles import tiles
 
@@ -153,7 +153,7 @@ class _CrossEntropy(torch.autograd.Function):
         for block in _blocks(terms, most_rows):
             spans = _spans(block)
             inputs = _gather(features, spans)
-            scores = F.linear((inputs / temperature).to(dtype), matrix)
+            scores = prototype_scores((inputs / temperature).to(dtype), matrix)
             parts = scores.split([piece.size for piece in block])
             consume = _consume_compiled if compile else _consume
             found = torch.cat([consume(piece, part) for piece, part in zip(block, parts, strict=True)])

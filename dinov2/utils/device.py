@@ -4,12 +4,16 @@ import torch
 
 from dinov2 import distributed
 from dinov2.errors import ConfigError, nearest
+from dinov2.utils.allocator import keep_freed_memory
 
 ACCEPTED = ("auto", "cpu", "cuda")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
     """Return the device of this process: ``cuda:<local rank>`` or ``cpu``.
+
+    A process that computes on the CPU keeps the memory that its tensors free, see
+    :func:`dinov2.utils.allocator.keep_freed_memory`.
 
     Args:
         name: ``auto`` (CUDA when there is any), ``cpu`` or ``cuda``.
@@ -22,6 +26,7 @@ def resolve_device(name: str = "auto") -> torch.device:
             f'the device "{name}" is not known{nearest(name, ACCEPTED)}: use one of {", ".join(ACCEPTED)}'
         )
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        keep_freed_memory()
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError(

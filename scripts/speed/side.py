@@ -48,6 +48,10 @@ class Workbench:
         from dinov2.train.train import build_optimizer
 
         check_origin(settings)
+        if self.ours:
+            from dinov2.utils.device import resolve_device
+
+            resolve_device(self.device.type)  # prepares the process, as in the trainer
         self._note("imports")
         from dinov2.configs import dinov2_default_config
 
