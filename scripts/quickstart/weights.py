@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -153,12 +154,12 @@ def state_from_onnx(model: "ModelProto") -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Print the path on the first line and its origin on the second."""
+    """Print the path, and its origin beside it, on the error output, so that ``$(...)`` is the path alone."""
     parser = argparse.ArgumentParser(description="Find a pretrained ViT-S/14.")
     parser.add_argument("--explicit", metavar="PATH", help="use this file or address and nothing else")
     found = find_vits14(parser.parse_args().explicit)
     print(found.path)
-    print(f"weights: {found.origin}")
+    print(f"weights: {found.origin}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -112,5 +112,5 @@ def test_the_command_prints_path_and_origin(sources, monkeypatch, tmp_path, caps
     (tmp_path / "mine.pth").write_bytes(b"mine")
     monkeypatch.setattr("sys.argv", ["weights", "--explicit", str(tmp_path / "mine.pth")])
     weights.main()
-    path, origin = capsys.readouterr().out.splitlines()
-    assert path == str(tmp_path / "mine.pth") and "explicitly" in origin
+    printed = capsys.readouterr()
+    assert printed.out == f"{tmp_path / 'mine.pth'}\n" and "explicitly" in printed.err
