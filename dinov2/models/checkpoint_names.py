@@ -8,6 +8,7 @@ HEAD_KEYS = tuple(f"{network}_{head}" for head in HEADS for network in NETWORKS)
 CENTERS = "centers"
 PARTS = (*HEAD_KEYS, *NETWORKS, CENTERS)
 SUFFIX = "_checkpoint.pth"
+EXPORT_FOLDER = re.compile(r"training_(\d+)")  # and the iteration after which it was written
 
 # The model farm's: <architecture>_<data>_<how it was trained>_<iteration>_<which network>_checkpoint.pth
 FARM_NAME = re.compile(r"dinov2_[\w.-]+_(teacher|student)(_(dino|ibot)_head)?_checkpoint\.pth")

@@ -6,7 +6,6 @@ checksum, and the config lines that start a run from it. Nothing in the file is 
 
 import argparse
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 
 from dinov2 import cli
 from dinov2.errors import WeightsError, some_of
-from dinov2.models.checkpoint_names import HEAD_KEYS, NETWORKS, checkpoint_name
+from dinov2.models.checkpoint_names import EXPORT_FOLDER, HEAD_KEYS, NETWORKS, checkpoint_name
 from dinov2.models.entries import leaves
 from dinov2.models.head_weights import find_head, head_sizes
 from dinov2.models.integrity import sha256_of
@@ -84,7 +83,7 @@ def inspect_weights(source: str, entry: str | None = None) -> Findings:
 def _continuing(path: Path, source: str) -> list[str]:
     """Return how to go on with the run that exported the folder ``source``, if one did."""
     networks = [path.with_name(checkpoint_name(network)) for network in NETWORKS]
-    exported = re.fullmatch(r"training_(\d+)", path.parent.name)
+    exported = EXPORT_FOLDER.fullmatch(path.parent.name)
     if not (Path(source).is_dir() and exported and all(file.is_file() for file in networks)):
         return []
     return [

@@ -1,10 +1,10 @@
 """What to name in place of a folder that belongs to a training run and holds no file of weights itself."""
 
-import re
 from pathlib import Path
 
+from dinov2.models.checkpoint_names import EXPORT_FOLDER
+
 EXPORTS = "eval"
-EXPORT = re.compile(r"training_(\d+)")
 OWN_FILES = {"manifest.json", "state.json"}
 
 
@@ -39,5 +39,6 @@ def _names(folder: Path) -> set[str]:
 
 
 def _newest_export(exports: Path) -> Path | None:
-    found = {int(match[1]): exports / name for name in _names(exports) if (match := EXPORT.fullmatch(name))}
-    return found[max(found)] if found else None
+    matches = filter(None, map(EXPORT_FOLDER.fullmatch, _names(exports)))
+    newest = max(matches, key=lambda match: int(match[1]), default=None)
+    return exports / newest[0] if newest else None

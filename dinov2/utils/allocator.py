@@ -11,8 +11,8 @@ NEVER = -1
 
 
 @cache
-def keep_freed_memory() -> bool:
-    """Let this process keep what is freed, to be used again, and return whether it does.
+def keep_freed_memory() -> None:
+    """Let this process keep what is freed, to be used again.
 
     glibc gives large blocks back to the system at once and asks for them anew, and the system fills each of
     their pages with zeros: up to a sixth of the time of a forward pass on a CPU. A loop needs the same blocks
@@ -20,11 +20,10 @@ def keep_freed_memory() -> bool:
     allocators that were loaded in advance, are left as they are.
     """
     if any(name in os.environ for name in (*VARIABLES, "GLIBC_TUNABLES")):
-        return False
+        return
     try:
-        library = ctypes.CDLL(None)
-        library.gnu_get_libc_version  # noqa: B018 - asks whether it is glibc
-        mallopt = library.mallopt
+        mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # TypeError: Windows has no library of the process itself
-        return False
-    return bool(mallopt(TRIM_THRESHOLD, NEVER) and mallopt(MMAP_MAX, 0))
+        return
+    mallopt(TRIM_THRESHOLD, NEVER)
+    mallopt(MMAP_MAX, 0)
