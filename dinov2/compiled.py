@@ -1,7 +1,8 @@
 """torch.compile where a run asks for it (``train.compile``)."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 MOST_VARIANTS = 64
 
 _left_to_autograd: list[Callable] = []
+_as_written: ContextVar[bool] = ContextVar("as_written", default=False)
 
 
 def left_to_autograd(function: Callable) -> Callable:
@@ -37,6 +39,17 @@ def compiled(function: Callable, **options: Any) -> Callable:
     return torch.compile(function, **options)
 
 
-def uncompiled() -> AbstractContextManager:
-    """Return a context in which compiled functions run as written, so that hooks see their insides."""
-    return torch.compiler.set_stance("force_eager")
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Let compiled and recorded functions run as written inside the ``with``: hooks see their insides."""
+    token = _as_written.set(True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _as_written.reset(token)
+
+
+def runs_as_written() -> bool:
+    """Return whether this is inside of :func:`uncompiled`."""
+    return _as_written.get()

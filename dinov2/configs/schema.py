@@ -213,6 +213,11 @@ class Train:
         "Run transformer blocks and losses through torch.compile: equal but for rounding, nearly twice as "
         "fast on a GPU, and up to a minute more until the first steps are done; null: where there is a GPU",
     )
+    cuda_graphs: bool | None = setting(
+        None,
+        "Record the compiled blocks as CUDA graphs, so that the GPU does not wait for the host to start its "
+        "kernels; null: in a run of one process with memory to spare",
+    )
     max_bad_steps: int = setting(
         24,
         "Steps in a row that may be skipped because a loss or gradient is not finite; then the run goes back "

@@ -6,7 +6,7 @@ is added back, scaled so that the expectation of the output stays the same.
 Shapes: b sequences of n tokens, s of them kept, T tokens packed, D width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +164,15 @@ class NestedTensorBlock(Block):
 
     def _function(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return compiled(function) if self.compiled else function
+
+
+def run_blocks(
+    planned: Iterable[tuple[nn.Module, Sequence[Subset]]], x: Tensor, layout: PackedLayout
+) -> Tensor:
+    """Apply blocks, or chunks of them, one after the other to packed ``x``, each with its subsets."""
+    for block, subsets in planned:
+        x = block(x, layout, subsets=subsets)
+    return x
 
 
 def _transform(block: Block, x: Tensor, layout: PackedLayout, subsets: Sequence[Subset]) -> Tensor:

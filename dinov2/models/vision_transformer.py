@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dinov2.errors import ConfigError, nearest
 from dinov2.layers import MemEffAttention, Mlp, NestedTensorBlock, PatchEmbed, SwiGLUFFNFused
-from dinov2.layers.block import get_attn_bias_and_cat
+from dinov2.layers.block import get_attn_bias_and_cat, run_blocks
 from dinov2.layers.layer_norm import LayerNorm
 from dinov2.layers.packing import PackedLayout
 from dinov2.layers.pos_embed import resample_positions
@@ -117,6 +117,10 @@ class DinoVisionTransformer(nn.Module):
         ConfigError: ``depth`` is not a multiple of ``block_chunks`` or D not one of ``num_heads``.
         NotImplementedError: unknown ``ffn_layer``.
     """
+
+    # What runs all blocks but the last for chosen tokens; a model may be given another, which gets single
+    # blocks in place of chunks.
+    run_blocks = staticmethod(run_blocks)
 
     def __init__(
         self,
@@ -277,8 +281,7 @@ class DinoVisionTransformer(nn.Module):
         """
         masks_list = masks_list if masks_list is not None else [None] * len(x_list)
         layout, x = self._packed_tokens(x_list, masks_list)
-        for block, subsets in self._with_subsets(layout):
-            x = block(x, layout, subsets=subsets)
+        x = run_blocks(self._with_subsets(layout), x, layout)
         batches = zip(layout.split(self.norm(x)), layout.split(x), masks_list, strict=True)
         return [self._outputs(*batch) for batch in batches]
 
@@ -300,8 +303,7 @@ class DinoVisionTransformer(nn.Module):
         """
         layout, x = self._packed_tokens(x_list, masks_list)
         *earlier, (last, subsets_of_last) = self._with_subsets(layout)
-        for block, subsets in earlier:
-            x = block(x, layout, subsets=subsets)
+        x = self.run_blocks(earlier, x, layout)
         x = last(x, layout, rows=tokens, subsets=subsets_of_last)
         return list(self.norm(x)[0].split([len(positions) for positions in tokens]))
 
@@ -313,9 +315,10 @@ class DinoVisionTransformer(nn.Module):
 
     def _with_subsets(self, layout: PackedLayout) -> list[tuple[nn.Module, list[Subset]]]:
         """Pair every block, or chunk of blocks, with the sequences that go through each of its branches."""
-        rates = [block.drop_rates() for block in self.blocks]
+        blocks = list(self.blocks if self.run_blocks is run_blocks else self._blocks_in_order())
+        rates = [block.drop_rates() for block in blocks]
         drawn = iter(draw_subsets(layout, sum(rates, []), self.pos_embed.device))
-        pairs = zip(self.blocks, rates, strict=True)
+        pairs = zip(blocks, rates, strict=True)
         return [(block, [next(drawn) for _ in of_block]) for block, of_block in pairs]
 
     def _outputs(self, x_norm: Tensor, x_prenorm: Tensor, masks: Tensor | None) -> dict[str, Any]:

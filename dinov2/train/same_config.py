@@ -82,6 +82,7 @@ FREE = (
     "train.sshid",
     "train.activation_checkpointing",
     "train.compile",
+    "train.cuda_graphs",
     "train.max_bad_steps",
     "train.process_timeout",
     "train.self_check",

@@ -27,6 +27,7 @@ from dinov2.loss.centering import CenteredLoss
 from dinov2.loss.targets import Targets, joint_sinkhorn_knopp
 from dinov2.models import build_model_from_cfg
 from dinov2.train.compilation import compile_blocks, wants_compiling
+from dinov2.train.cuda_graphs import record_blocks, records
 from dinov2.train.freezing import freeze_first_blocks, move_towards, moving_pairs
 from dinov2.train.head_losses import NUM_GLOBAL_CROPS, Entry, dino_entries, head_loss
 from dinov2.train.initialization import load_initial_weights
@@ -449,6 +450,9 @@ class SSLMetaArch(nn.Module):
         if self.compile_losses:
             backbones = (self.student["backbone"], self.teacher["backbone"])
             compile_blocks(*backbones, required=setting is True)
+        if records(self.cfg.train, self.device, compiled=self.compile_losses):
+            required = self.cfg.train.cuda_graphs is True
+            record_blocks(self.student["backbone"], self.teacher["backbone"], required=required)
 
     def fsdp_synchronize_streams(self) -> None:
         """Kept for scripts that call it; there are no private streams to synchronise."""

@@ -72,6 +72,7 @@ class Workbench:
         self._note("networks")
         self.batch: dict[str, Any] = {}
         self.stream_of: dict[str, Any] | None = None
+        self.records = self.ours and Path(settings["tree"], "dinov2", "train", "cuda_graphs.py").exists()
         # Earlier checkouts of this project copy a batch when its step begins.
         self.ahead = self.ours and Path(settings["tree"], "dinov2", "train", "batches.py").exists()
 
@@ -169,9 +170,14 @@ class Workbench:
         """Count a whole step."""
         from counts import count, host_tensors
 
-        # What is compiled can not be seen; and code that meets a counter would never be compiled again.
-        stance = torch.compiler.set_stance("force_eager")
-        with stance, count(host_tensors(self.batch, self.optimizer)) as counted:
+        # What is compiled or recorded can not be seen; and code that meets a counter would never be compiled
+        # again.
+        as_written = torch.compiler.set_stance("force_eager")
+        if self.records:
+            from dinov2.compiled import uncompiled
+
+            as_written = uncompiled()
+        with as_written, count(host_tensors(self.batch, self.optimizer)) as counted:
             self._step()
         return counted.as_json()
 
@@ -187,7 +193,7 @@ class Workbench:
     def peak(self) -> dict[str, Any]:
         """Return the bytes in use at most: a GPU's, or the process's above what importing had taken."""
         if self.device.type == "cuda":
-            return {"bytes": torch.cuda.max_memory_allocated()}
+            return {"bytes": torch.cuda.max_memory_allocated() + kept_by_graphs()}
         return {"bytes": status("VmHWM") - self.resident_before}
 
     def gemm(self) -> dict[str, Any]:
@@ -281,6 +287,16 @@ class Workbench:
             return
         with torch.autocast(self.device.type, dtype=dtype):
             yield
+
+
+def kept_by_graphs() -> int:
+    """Return the bytes that CUDA graphs keep for themselves and that do not count as allocated."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in segments
+        if tuple(segment["segment_pool_id"]) != (0, 0)
+    )
 
 
 def status(name: str) -> int:

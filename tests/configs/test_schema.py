@@ -90,6 +90,7 @@ ADDED = {
     "compute_precision.hybrid_shard_size": None,
     "train.activation_checkpointing": "none",
     "train.compile": None,
+    "train.cuda_graphs": None,
     "train.max_bad_steps": 24,
     "train.process_timeout": 1800.0,
     "optim.accumulate_steps": 1,

@@ -1,0 +1,299 @@
+"""Blocks recorded as CUDA graphs (``train.cuda_graphs``): the host starts thousands of kernels at once.
+
+A GPU computes a small batch faster than a host can ask for its kernels one by one. What is asked for does not
+change from step to step, so it is recorded once and replayed: the blocks forwards, and the same backwards.
+A recording works on memory of its own; inputs are copied in, results are read where they are, and the next
+replay overwrites them.
+
+Shapes: T tokens packed, D width.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Protocol
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dinov2 import distributed
+from dinov2.compiled import runs_as_written
+from dinov2.errors import ConfigError
+from dinov2.layers.block import Block, run_blocks
+from dinov2.layers.packing import PackedLayout
+from dinov2.layers.stochastic_depth import Subset
+
+logger = logging.getLogger("dinov2")
+
+Planned = Sequence[tuple[Block, Sequence[Subset]]]
+
+WARM_UP_CALLS = 2  # compile, and let libraries make what they need
+MOST_RECORDINGS = 2  # of one network; each holds the memory of a pass
+# A recording's memory is its own also while the rest of the step could use it, and pieces are left over.
+MEMORY_FACTOR = 1.4
+
+
+class Recorder(Protocol):
+    """What records and replays."""
+
+    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], Any]]:
+        """Return what ``function`` returns, and what computes it again into the same memory."""
+
+
+class CudaRecorder:
+    """Records what is asked of a GPU; all recordings share memory, so they are to be replayed one by one."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], Any]]:
+        """See :class:`Recorder`; nothing is computed before the first replay."""
+        graph = torch.cuda.CUDAGraph()
+        # The loader's thread goes on pinning memory meanwhile, which would end a recording of all threads.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = function()
+        return result, graph.replay
+
+
+class _Recording:
+    """One recorded pass over blocks.
+
+    Attributes:
+        parameters: those that get gradients.
+        replays: how many forward passes there were.
+    """
+
+    def __init__(self, recorder: Recorder, planned: Planned, x: Tensor, layout: PackedLayout) -> None:
+        self.parameters = [
+            p for _, own in _parameters_by_module(planned) for p in own.values() if p.requires_grad
+        ]
+        self.replays = 0
+        self._x = x.detach().clone().requires_grad_(x.requires_grad)
+        self._planned = [(block, [_copied(subset) for subset in subsets]) for block, subsets in planned]
+        self._moves = _by_dtype(self._planned)
+        self._layout = layout
+        # Autograd would end a recording where it met nodes of the parameters that another stream has made,
+        # which live as long as any earlier graph.
+        self._stand_ins = {
+            module: {name: nn.Parameter(p.detach(), p.requires_grad) for name, p in own.items()}
+            for module, own in _parameters_by_module(planned)
+        }
+        self._result, self._replay = recorder.record(self._run)
+        self._has_gradient = self._result.requires_grad
+        if self._has_gradient:
+            self._gradient = torch.empty_like(self._result)
+            self._gradients, self._replay_back = recorder.record(self._run_back)
+
+    def _run(self) -> Tensor:
+        with _standing_in(self._stand_ins):
+            self._with_graph = run_blocks(self._planned, self._x, self._layout)
+        return self._with_graph.detach().requires_grad_(self._with_graph.requires_grad)
+
+    def _run_back(self) -> tuple[Tensor | None, ...]:
+        learning = [p for own in self._stand_ins.values() for p in own.values() if p.requires_grad]
+        wanted = [*([self._x] if self._x.requires_grad else []), *learning]
+        return torch.autograd.grad(self._with_graph, wanted, self._gradient, allow_unused=True)
+
+    def __call__(self, planned: Planned, x: Tensor) -> Tensor:
+        """Return the packed tokens ``[1, T, D]`` after the blocks."""
+        for mine, given in zip(self._moves, _by_dtype(planned), strict=True):
+            torch._foreach_copy_(mine, given)
+        return _Replay.apply(self, x, *self.parameters)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Replay forwards."""
+        with torch.no_grad():
+            self._x.copy_(x)
+        self._replay()
+        self.replays += 1
+        return self._result.detach()
+
+    def backward(self, gradient: Tensor) -> list[Tensor | None]:
+        """Replay backwards; return the gradients of the input and of all parameters."""
+        gradients = list(self._gradients)
+        of_input = gradients.pop(0) if self._x.requires_grad else None
+        for parameter, mine in zip(self.parameters, gradients, strict=True):
+            kept = parameter.grad
+            # Of the micro-batch before, if autograd took it as it was.
+            if kept is not None and mine is not None and kept.data_ptr() == mine.data_ptr():
+                parameter.grad = kept.clone()
+        self._gradient.copy_(gradient)
+        self._replay_back()
+        return [None if found is None else found.detach() for found in (of_input, *gradients)]
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, recording, x, *parameters):
+        ctx.recording = recording
+        result = recording.forward(x)
+        ctx.replay = recording.replays
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        if ctx.replay != ctx.recording.replays:
+            raise RuntimeError(
+                "these blocks ran again before the backward pass of an earlier run, whose values are lost: "
+                "use train.cuda_graphs=false"
+            )
+        return None, *ctx.recording.backward(gradient)
+
+
+class RecordedBlocks:
+    """Runs blocks, from their third call on as a recording.
+
+    What differs from what was recorded, or is to be looked into by hooks, runs as it would without; so does
+    everything if there is no room for a recording or recording fails, which is logged.
+
+    Args:
+        recorder: of recordings; several of these may share one.
+        has_room: whether there is memory for a recording.
+        required: raise what goes wrong in recording.
+    """
+
+    def __init__(
+        self, recorder: Recorder, has_room: Callable[[], bool] = lambda: True, *, required: bool = False
+    ) -> None:
+        self._recorder, self._has_room, self._required = recorder, has_room, required
+        self._parameters: list[nn.Parameter] = []
+        self._calls: dict[Any, int] = {}
+        self._recordings: dict[Any, _Recording] = {}
+        self._off = False
+
+    def __call__(self, planned: Planned, x: Tensor, layout: PackedLayout) -> Tensor:
+        """Return packed tokens ``[1, T, D]`` after blocks with their subsets, see :func:`run_blocks`."""
+        if self._off or not planned or runs_as_written():
+            return run_blocks(planned, x, layout)
+        if not self._parameters:  # to walk through all modules takes as long as a replay
+            self._parameters = [p for block, _ in planned for p in block.parameters()]
+        key = self._key(planned, x, layout)
+        recording = self._recordings.get(key) or self._record(key, planned, x, layout)
+        return run_blocks(planned, x, layout) if recording is None else recording(planned, x)
+
+    @property
+    def recordings(self) -> int:
+        """How many different passes are recorded."""
+        return len(self._recordings)
+
+    def _key(self, planned: Planned, x: Tensor, layout: PackedLayout) -> Any:
+        """Return all that a recording depends on beside its inputs."""
+        kind = x.device.type
+        return (
+            layout,
+            (x.dtype, x.requires_grad, torch.is_grad_enabled()),
+            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+            tuple(subset.layout for _, subsets in planned for subset in subsets),
+            tuple((p.data_ptr(), p.requires_grad) for p in self._parameters),
+        )
+
+    def _record(self, key: Any, planned: Planned, x: Tensor, layout: PackedLayout) -> _Recording | None:
+        calls = self._calls[key] = self._calls.get(key, 0) + 1
+        if calls <= WARM_UP_CALLS or len(self._recordings) == MOST_RECORDINGS:
+            return None
+        if not self._has_room():
+            self._off = True
+            return None
+        try:
+            self._recordings[key] = _Recording(self._recorder, planned, x, layout)
+        except RuntimeError as error:
+            if self._required:
+                raise
+            self._off = True
+            logger.warning(
+                "the blocks could not be recorded as CUDA graphs, so the run goes on without: %s", error
+            )
+            return None
+        logger.info("recorded %d blocks as CUDA graphs", len(planned))
+        return self._recordings[key]
+
+
+def records(settings: DictConfig, device: torch.device, *, compiled: bool) -> bool:
+    """Return whether a run records its blocks: what ``train.cuda_graphs`` says, by default where it can.
+
+    Args:
+        settings: section ``train``.
+        device: of the networks.
+        compiled: whether blocks are compiled.
+
+    Raises:
+        ConfigError: it is asked to, and can not.
+    """
+    obstacles = {
+        "there is no CUDA device": device.type != "cuda",
+        "nothing is compiled (train.compile)": not compiled,
+        "the blocks are divided over several processes": distributed.get_global_size() > 1,
+        "train.activation_checkpointing computes them again": settings.activation_checkpointing != "none",
+    }
+    found = [obstacle for obstacle, is_there in obstacles.items() if is_there]
+    if settings.cuda_graphs and found:
+        raise ConfigError(f"train.cuda_graphs is true, but {found[0]}: leave it out")
+    return not found and settings.cuda_graphs is not False
+
+
+def record_blocks(*backbones: nn.Module, required: bool) -> None:
+    """Let all blocks but the last of each backbone run as CUDA graphs, see :class:`RecordedBlocks`.
+
+    Args:
+        backbones: compiled, on a GPU, not sharded; those without this package's blocks stay as they are.
+        required: whether it is an error if one can not be recorded, for want of memory say.
+    """
+    recorder = CudaRecorder()
+    for backbone in backbones:
+        if hasattr(backbone, "run_blocks"):
+            backbone.run_blocks = RecordedBlocks(
+                recorder, (lambda: True) if required else gpu_has_room, required=required
+            )
+
+
+def gpu_has_room() -> bool:
+    """Return whether the GPU has memory to spare beyond what the steps so far took; if not, say so."""
+    free, _ = torch.cuda.mem_get_info()
+    held = torch.cuda.memory_allocated()
+    room = free + torch.cuda.memory_reserved() - held
+    needed = MEMORY_FACTOR * (torch.cuda.max_memory_allocated() - held)
+    if needed > room:
+        logger.info(
+            "not recorded as CUDA graphs, which may need %.1f GiB where %.1f are left: a smaller "
+            "batch leaves more",
+            needed / 2**30,
+            room / 2**30,
+        )
+    return needed <= room
+
+
+def _parameters_by_module(planned: Planned) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter]]]:
+    """Yield every module of the blocks with its own parameters."""
+    for module in (module for block, _ in planned for module in block.modules()):
+        if own := dict(module.named_parameters(recurse=False)):
+            yield module, own
+
+
+@contextmanager
+def _standing_in(stand_ins: dict[nn.Module, dict[str, nn.Parameter]]) -> Iterator[None]:
+    """Let modules have other parameters inside the ``with``, which share the memory of their own."""
+    own = {module: dict(module._parameters) for module in stand_ins}
+    try:
+        for module, others in stand_ins.items():
+            module._parameters.update(others)
+        yield
+    finally:
+        for module, values in own.items():
+            module._parameters.update(values)
+
+
+def _copied(subset: Subset) -> Subset:
+    values = {field.name: getattr(subset, field.name) for field in fields(subset)}
+    return Subset(**{name: v.clone() if isinstance(v, Tensor) else v for name, v in values.items()})
+
+
+def _by_dtype(planned: Planned) -> list[list[Tensor]]:
+    """Return the tensors of all subsets: positions, weights, and what is kept."""
+    subsets = [subset for _, subsets in planned for subset in subsets]
+    positions = [tensor for subset in subsets for tensor in (subset.rows, subset.place)]
+    groups = [positions, [subset.weights for subset in subsets], [subset.kept for subset in subsets]]
+    return groups if subsets else []
