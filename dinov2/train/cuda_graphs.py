@@ -2,14 +2,14 @@
 
 A GPU computes a small batch faster than a host can ask for its kernels one by one. What is asked for does not
 change from step to step, so it is recorded once and replayed: the blocks forwards, and the same backwards.
-A recording works on memory of its own; inputs are copied in, results are read where they are, and the next
-replay overwrites them.
+A recording works on memory of its own. Inputs are copied in, gradients are copied out; the result is read
+where it is, and the next replay overwrites it.
 
 Shapes: T tokens packed, D width.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from dinov2 import distributed
 from dinov2.compiled import runs_as_written
-from dinov2.errors import ConfigError
+from dinov2.errors import ConfigError, UserError
 from dinov2.layers.block import Block, run_blocks
 from dinov2.layers.packing import PackedLayout
 from dinov2.layers.stochastic_depth import Subset
@@ -36,15 +36,22 @@ MOST_RECORDINGS = 2  # of one network; each holds the memory of a pass
 MEMORY_FACTOR = 1.4
 
 
+class RecordingError(UserError, RuntimeError):
+    """The blocks of a run can not be recorded."""
+
+
 class Recorder(Protocol):
-    """What records and replays."""
+    """What records and replays functions that use each other's results."""
 
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], Any]]:
-        """Return what ``function`` returns, and what computes it again into the same memory."""
+        """Return what ``function`` returns, and what computes it again into the same memory.
+
+        That may overwrite what functions recorded later return.
+        """
 
 
 class CudaRecorder:
-    """Records what is asked of a GPU; all recordings share memory, so they are to be replayed one by one."""
+    """Records what is asked of a GPU, all in the same memory."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -67,9 +74,8 @@ class _Recording:
     """
 
     def __init__(self, recorder: Recorder, planned: Planned, x: Tensor, layout: PackedLayout) -> None:
-        self.parameters = [
-            p for _, own in _parameters_by_module(planned) for p in own.values() if p.requires_grad
-        ]
+        of_modules = dict(_parameters_by_module(planned))
+        self.parameters = [p for own in of_modules.values() for p in own.values() if p.requires_grad]
         self.replays = 0
         self._x = x.detach().clone().requires_grad_(x.requires_grad)
         self._planned = [(block, [_copied(subset) for subset in subsets]) for block, subsets in planned]
@@ -79,11 +85,10 @@ class _Recording:
         # which live as long as any earlier graph.
         self._stand_ins = {
             module: {name: nn.Parameter(p.detach(), p.requires_grad) for name, p in own.items()}
-            for module, own in _parameters_by_module(planned)
+            for module, own in of_modules.items()
         }
         self._result, self._replay = recorder.record(self._run)
-        self._has_gradient = self._result.requires_grad
-        if self._has_gradient:
+        if self._result.requires_grad:
             self._gradient = torch.empty_like(self._result)
             self._gradients, self._replay_back = recorder.record(self._run_back)
 
@@ -113,16 +118,15 @@ class _Recording:
 
     def backward(self, gradient: Tensor) -> list[Tensor | None]:
         """Replay backwards; return the gradients of the input and of all parameters."""
-        gradients = list(self._gradients)
-        of_input = gradients.pop(0) if self._x.requires_grad else None
-        for parameter, mine in zip(self.parameters, gradients, strict=True):
-            kept = parameter.grad
-            # Of the micro-batch before, if autograd took it as it was.
-            if kept is not None and mine is not None and kept.data_ptr() == mine.data_ptr():
-                parameter.grad = kept.clone()
         self._gradient.copy_(gradient)
         self._replay_back()
-        return [None if found is None else found.detach() for found in (of_input, *gradients)]
+        found = [gradient for gradient in self._gradients if gradient is not None]
+        # The next replay forwards may write where these are, while gradients are still added up.
+        copies = [torch.empty_like(gradient) for gradient in found]
+        torch._foreach_copy_(copies, found)
+        following = iter(copies)
+        gradients = [None if gradient is None else next(following) for gradient in self._gradients]
+        return gradients if self._x.requires_grad else [None, *gradients]
 
 
 class _Replay(torch.autograd.Function):
@@ -148,18 +152,21 @@ class RecordedBlocks:
     """Runs blocks, from their third call on as a recording.
 
     What differs from what was recorded, or is to be looked into by hooks, runs as it would without; so does
-    everything if there is no room for a recording or recording fails, which is logged.
+    everything where there is no memory for a recording, which is logged.
 
     Args:
-        recorder: of recordings; several of these may share one.
-        has_room: whether there is memory for a recording.
-        required: raise what goes wrong in recording.
+        name: of the network.
+        make_recorder: makes one for each recording.
+        has_room: whether there is memory for a recording; None if that is not asked and its lack an error.
     """
 
     def __init__(
-        self, recorder: Recorder, has_room: Callable[[], bool] = lambda: True, *, required: bool = False
+        self,
+        name: str,
+        make_recorder: Callable[[], Recorder] = CudaRecorder,
+        has_room: Callable[[], bool] | None = None,
     ) -> None:
-        self._recorder, self._has_room, self._required = recorder, has_room, required
+        self._name, self._make_recorder, self._has_room = name, make_recorder, has_room
         self._parameters: list[nn.Parameter] = []
         self._calls: dict[Any, int] = {}
         self._recordings: dict[Any, _Recording] = {}
@@ -192,23 +199,31 @@ class RecordedBlocks:
         )
 
     def _record(self, key: Any, planned: Planned, x: Tensor, layout: PackedLayout) -> _Recording | None:
+        """Return a recording; None if it is too early, if there are enough, or if there is no memory.
+
+        Raises:
+            RecordingError: it can not be made.
+        """
         calls = self._calls[key] = self._calls.get(key, 0) + 1
         if calls <= WARM_UP_CALLS or len(self._recordings) == MOST_RECORDINGS:
             return None
-        if not self._has_room():
+        if self._has_room is not None and not self._has_room():
             self._off = True
             return None
         try:
-            self._recordings[key] = _Recording(self._recorder, planned, x, layout)
-        except RuntimeError as error:
-            if self._required:
+            self._recordings[key] = _Recording(self._make_recorder(), planned, x, layout)
+        except torch.OutOfMemoryError:
+            if self._has_room is None:
                 raise
             self._off = True
-            logger.warning(
-                "the blocks could not be recorded as CUDA graphs, so the run goes on without: %s", error
-            )
+            logger.warning("the %s is not recorded as CUDA graphs: the memory did not suffice", self._name)
             return None
-        logger.info("recorded %d blocks as CUDA graphs", len(planned))
+        except RuntimeError as error:  # a GPU's random numbers do not come back from that
+            raise RecordingError(
+                f"the {self._name} could not be recorded as CUDA graphs ({str(error).splitlines()[0]}): "
+                "use train.cuda_graphs=false"
+            ) from error
+        logger.info("recorded %d blocks of the %s as CUDA graphs", len(planned), self._name)
         return self._recordings[key]
 
 
@@ -235,19 +250,17 @@ def records(settings: DictConfig, device: torch.device, *, compiled: bool) -> bo
     return not found and settings.cuda_graphs is not False
 
 
-def record_blocks(*backbones: nn.Module, required: bool) -> None:
+def record_blocks(backbones: Mapping[str, nn.Module], *, required: bool) -> None:
     """Let all blocks but the last of each backbone run as CUDA graphs, see :class:`RecordedBlocks`.
 
     Args:
-        backbones: compiled, on a GPU, not sharded; those without this package's blocks stay as they are.
-        required: whether it is an error if one can not be recorded, for want of memory say.
+        backbones: by the name of their network; compiled, on a GPU, not sharded. Those without this package's
+            blocks stay as they are.
+        required: whether a lack of memory is an error.
     """
-    recorder = CudaRecorder()
-    for backbone in backbones:
+    for name, backbone in backbones.items():
         if hasattr(backbone, "run_blocks"):
-            backbone.run_blocks = RecordedBlocks(
-                recorder, (lambda: True) if required else gpu_has_room, required=required
-            )
+            backbone.run_blocks = RecordedBlocks(name, has_room=None if required else gpu_has_room)
 
 
 def gpu_has_room() -> bool:

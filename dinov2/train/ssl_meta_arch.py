@@ -447,12 +447,11 @@ class SSLMetaArch(nn.Module):
     def _compile(self) -> None:
         setting = self.cfg.train.compile
         self.compile_losses = wants_compiling(setting, self.device)
+        backbones = {name: getattr(self, name)["backbone"] for name in ("student", "teacher")}
         if self.compile_losses:
-            backbones = (self.student["backbone"], self.teacher["backbone"])
-            compile_blocks(*backbones, required=setting is True)
+            compile_blocks(*backbones.values(), required=setting is True)
         if records(self.cfg.train, self.device, compiled=self.compile_losses):
-            required = self.cfg.train.cuda_graphs is True
-            record_blocks(self.student["backbone"], self.teacher["backbone"], required=required)
+            record_blocks(backbones, required=self.cfg.train.cuda_graphs is True)
 
     def fsdp_synchronize_streams(self) -> None:
         """Kept for scripts that call it; there are no private streams to synchronise."""

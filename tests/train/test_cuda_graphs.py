@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from dinov2.compiled import uncompiled
 from dinov2.errors import ConfigError
 from dinov2.train import cuda_graphs
-from dinov2.train.cuda_graphs import RecordedBlocks, records
+from dinov2.train.cuda_graphs import RecordedBlocks, RecordingError, records
 from dinov2.train.optimizer import build_optimizer
 from dinov2.train.step import train_step
 from dinov2.utils.seeding import seed_everything
@@ -17,44 +17,62 @@ STEPS = 6
 
 
 class RunsAgain:
-    """As a recording does, computes into the memory of the first results, and reads that of the inputs."""
+    """Computes into the memory of the first results, and spoils what was recorded later, as a GPU may."""
 
     def __init__(self):
-        self.recorded = self.replayed = 0
+        self.results = []
+        self.replayed = 0
 
     def record(self, function):
         with_grad = torch.is_grad_enabled()
-        results = function()
-        self.recorded += 1
-        tensors = results if isinstance(results, tuple) else (results,)
+        result = function()
+        tensors = result if isinstance(result, tuple) else (result,)
+        number = len(self.results)
+        self.results.append([tensor for tensor in tensors if tensor is not None])
 
         def replay():
             self.replayed += 1
             with torch.set_grad_enabled(with_grad):
                 again = function()
-            for mine, new in zip(tensors, again if isinstance(again, tuple) else (again,), strict=True):
-                if mine is not None:
-                    with torch.no_grad():
+            again = again if isinstance(again, tuple) else (again,)
+            with torch.no_grad():
+                for mine, new in zip(tensors, again, strict=True):
+                    if mine is not None:
                         mine.copy_(new)
+                for later in (tensor for result in self.results[number + 1 :] for tensor in result):
+                    later.fill_(float("nan"))
 
-        return results, replay
+        return result, replay
 
 
-def train(cfg, device="cpu", make=None, steps=STEPS):
-    """Take steps on different batches; return losses, the model, and what records the student."""
+class Shelf:
+    """Hands out recorders and keeps them."""
+
+    def __init__(self):
+        self.recorders = []
+
+    def __call__(self):
+        self.recorders.append(RunsAgain())
+        return self.recorders[-1]
+
+    def counts(self):
+        """(functions recorded, replays) of each recorder"""
+        return [(len(recorder.results), recorder.replayed) for recorder in self.recorders]
+
+
+def train(cfg, device="cpu", make_recorder=None, has_room=None, steps=STEPS):
+    """Take steps on different batches; return losses and the model."""
     model = build(cfg, device)
-    recorded = []
-    if make is not None:
-        recorded = [make(), make()]
-        for network, runner in zip((model.student, model.teacher), recorded, strict=True):
-            network["backbone"].run_blocks = runner
+    if make_recorder is not None:
+        for name in ("student", "teacher"):
+            getattr(model, name)["backbone"].run_blocks = RecordedBlocks(name, make_recorder, has_room)
     optimizer = build_optimizer(cfg, model.get_params_groups())
     losses = []
     for step in range(steps):
         seed_everything(step)
         batches = [random_batch(cfg, model.precision.input_dtype) for _ in range(cfg.optim.accumulate_steps)]
         losses.append(train_step(model, optimizer, batches, VALUES, 3.0).losses)
-    return losses, model, recorded
+    return losses, model
 
 
 def assert_equal(one, other, **tolerance):
@@ -79,31 +97,32 @@ def assert_equal(one, other, **tolerance):
     ids=lambda overrides: overrides[0],
 )
 def test_training_is_the_same(overrides):
-    cfg = resolve(*SMALL, *overrides)
-    recorder = RunsAgain()
-    recorded = train(cfg, make=lambda: RecordedBlocks(recorder))
-    assert_equal(recorded, train(cfg))
-    passes = STEPS * cfg.optim.accumulate_steps
-    assert recorder.recorded == 3  # the student forwards and backwards, the teacher
-    assert recorder.replayed == 3 * (passes - cuda_graphs.WARM_UP_CALLS)
+    cfg, shelf = resolve(*SMALL, *overrides), Shelf()
+    assert_equal(train(cfg, make_recorder=shelf), train(cfg))
+    replays = STEPS * cfg.optim.accumulate_steps - cuda_graphs.WARM_UP_CALLS
+    assert shelf.counts() == [(1, replays), (2, 2 * replays)]  # the teacher, which is first, has no gradients
+
+
+def small_run():
+    shelf = Shelf()
+    _, model = train(resolve(*SMALL), make_recorder=shelf, steps=3)
+    return model, shelf
 
 
 def test_what_is_looked_into_is_not_replayed():
-    recorder, seen = RunsAgain(), []
-    _, model, _ = train(resolve(*SMALL), make=lambda: RecordedBlocks(recorder), steps=3)
+    (model, shelf), seen = small_run(), []
     model.student["backbone"].blocks[0].mlp.register_forward_hook(lambda *_: seen.append(1))
     batch = random_batch(model.cfg)
     model.compute_losses(batch, 0.07)
-    before = recorder.replayed
+    before = shelf.counts()
     with uncompiled():
         model.compute_losses(batch, 0.07)
-    assert recorder.replayed == before
+    assert shelf.counts() == before
     assert len(seen) == 2  # the first time by the recorder, which runs functions again
 
 
 def test_gradients_of_an_earlier_run_are_refused():
-    recorder = RunsAgain()
-    _, model, _ = train(resolve(*SMALL), make=lambda: RecordedBlocks(recorder), steps=3)
+    model, _ = small_run()
     first, second = (model.compute_losses(random_batch(model.cfg), 0.07) for _ in range(2))
     with pytest.raises(RuntimeError, match="ran again before the backward pass of an earlier run"):
         first.total.backward()
@@ -111,33 +130,58 @@ def test_gradients_of_an_earlier_run_are_refused():
 
 
 def test_weights_that_move_elsewhere_are_recorded_anew():
-    recorder = RunsAgain()
-    _, model, (student, teacher) = train(resolve(*SMALL), make=lambda: RecordedBlocks(recorder), steps=3)
+    model, shelf = small_run()
     weight = model.student["backbone"].blocks[0].mlp.fc1.weight
     weight.data = weight.data.clone()
     for _ in range(cuda_graphs.WARM_UP_CALLS + 1):
         model.forward_backward(random_batch(model.cfg), 0.07)
-    assert (student.recordings, teacher.recordings) == (2, 1)
+    assert [functions for functions, _ in shelf.counts()] == [1, 2, 2]
 
 
 class Fails:
+    """Has no memory, or another trouble."""
+
+    def __init__(self, error):
+        self.error = error
+
     def record(self, function):
-        raise RuntimeError("CUDA error: operation not permitted")
+        function()
+        raise self.error
 
 
-def test_a_run_goes_on_where_recording_fails(caplog):
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+
+def test_a_run_goes_on_without_memory_for_recordings(caplog):
     cfg = resolve(*SMALL)
     with caplog.at_level("WARNING", logger="dinov2"):
-        assert_equal(train(cfg, make=lambda: RecordedBlocks(Fails())), train(cfg))
-    assert caplog.text.count("could not be recorded as CUDA graphs, so the run goes on without: CUDA") == 2
-    with pytest.raises(RuntimeError, match="not permitted"):
-        train(cfg, make=lambda: RecordedBlocks(Fails(), required=True))
+        without = train(cfg, make_recorder=lambda: Fails(NO_MEMORY), has_room=lambda: True)
+    assert_equal(without, train(cfg))
+    for name in ("student", "teacher"):
+        assert (
+            caplog.text.count(f"the {name} is not recorded as CUDA graphs: the memory did not suffice") == 1
+        )
+    with pytest.raises(torch.OutOfMemoryError):
+        train(cfg, make_recorder=lambda: Fails(NO_MEMORY))
+
+
+def test_other_trouble_is_told_with_the_way_out():
+    error = RuntimeError(
+        "CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors ..."
+    )
+    told = (
+        "the teacher could not be recorded as CUDA graphs (CUDA error: operation not permitted when stream "
+    )
+    told += "is capturing): use train.cuda_graphs=false"
+    with pytest.raises(RecordingError) as caught:
+        train(resolve(*SMALL), make_recorder=lambda: Fails(error), has_room=lambda: True)
+    assert str(caught.value) == told
 
 
 def test_nothing_is_recorded_without_room():
-    recorder = RunsAgain()
-    train(resolve(*SMALL), make=lambda: RecordedBlocks(recorder, lambda: False))
-    assert not recorder.recorded
+    shelf = Shelf()
+    train(resolve(*SMALL), make_recorder=shelf, has_room=lambda: False)
+    assert not shelf.counts()
 
 
 def settings(**values):
@@ -184,28 +228,26 @@ def test_training_on_a_gpu_is_the_same(overrides, number_format, rel):
         for a, b in zip(recorded[0], plain[0], strict=True)
     ]
     assert max(differences) < rel, differences
-    print(overrides, number_format, differences)
 
 
-class Interrupted(cuda_graphs.CudaRecorder):
-    """Lets a GPU's recording fail in its midst."""
+class TooLarge(cuda_graphs.CudaRecorder):
+    """Lets a GPU's memory end in the midst of a recording."""
 
     def record(self, function):
-        def interrupted():
-            result = function()
-            torch.cuda.synchronize()  # not allowed while recording
-            return result
+        def too_large():
+            function()
+            raise NO_MEMORY
 
-        return super().record(interrupted)
+        return super().record(too_large)
 
 
 @pytest.mark.gpu
-def test_a_run_goes_on_where_a_gpu_records_nothing(caplog):
+def test_a_run_goes_on_without_memory_on_a_gpu(caplog):
     cfg = resolve(*SMALL, "train.compile=true", "train.cuda_graphs=false", number_format="bf16")
     with caplog.at_level("WARNING", logger="dinov2"):
-        failing = train(cfg, "cuda", make=lambda: RecordedBlocks(Interrupted()))
-    assert "could not be recorded as CUDA graphs" in caplog.text
-    assert_equal(failing, train(cfg, "cuda"), rel=1e-3)
+        without = train(cfg, "cuda", make_recorder=TooLarge, has_room=lambda: True)
+    assert "not recorded as CUDA graphs: the memory did not suffice" in caplog.text
+    assert_equal(without, train(cfg, "cuda"), rel=1e-3)
 
 
 @pytest.mark.gpu
