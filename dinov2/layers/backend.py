@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2.errors import ConfigError, nearest
+from dinov2.layers.short_attention import pays, short_attention
 
 XFORMERS_ENABLED = os.environ.get("XFORMERS_DISABLED") is None
 XFORMERS_AVAILABLE = XFORMERS_ENABLED and importlib.util.find_spec("xformers") is not None
@@ -56,6 +57,8 @@ def attend(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, dropout_p: float) -> Tensor:
+    if not is_causal and not dropout_p and pays(q, k, v):
+        return short_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout_p)
 
 
