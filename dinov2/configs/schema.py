@@ -216,7 +216,7 @@ class Train:
     cuda_graphs: bool | None = setting(
         None,
         "Record the compiled blocks as CUDA graphs, so that the GPU does not wait for the host to start its "
-        "kernels; null: in a run of one process with memory to spare",
+        "kernels; null: in a run of one process with memory to spare, without accumulation and LoRA",
     )
     max_bad_steps: int = setting(
         24,

@@ -30,8 +30,8 @@ logger = logging.getLogger("dinov2")
 
 Planned = Sequence[tuple[Block, Sequence[Subset]]]
 
-WARM_UP_CALLS = 2  # compile, and let libraries make what they need
-MOST_RECORDINGS = 2  # of one network; each holds the memory of a pass
+# Before blocks are recorded: everything is compiled by then, and the steps have taken what memory they take.
+WARM_UP_STEPS = 5
 # A recording's memory is its own also while the rest of the step could use it, and pieces are left over.
 MEMORY_FACTOR = 1.4
 
@@ -70,7 +70,7 @@ class _Recording:
 
     Attributes:
         parameters: those that get gradients.
-        replays: how many forward passes there were.
+        replays: how often either direction was replayed.
     """
 
     def __init__(self, recorder: Recorder, planned: Planned, x: Tensor, layout: PackedLayout) -> None:
@@ -81,6 +81,7 @@ class _Recording:
         self._planned = [(block, [_copied(subset) for subset in subsets]) for block, subsets in planned]
         self._moves = _by_dtype(self._planned)
         self._layout = layout
+        self._with_gradients = torch.is_grad_enabled()
         # Autograd would end a recording where it met nodes of the parameters that another stream has made,
         # which live as long as any earlier graph.
         self._stand_ins = {
@@ -114,12 +115,15 @@ class _Recording:
             self._x.copy_(x)
         self._replay()
         self.replays += 1
-        return self._result.detach()
+        result = self._result.detach()
+        # What follows may learn though these blocks do not; then nobody asks whether this was overwritten.
+        return result if self._result.requires_grad or not self._with_gradients else result.clone()
 
     def backward(self, gradient: Tensor) -> list[Tensor | None]:
         """Replay backwards; return the gradients of the input and of all parameters."""
         self._gradient.copy_(gradient)
         self._replay_back()
+        self.replays += 1  # what the pass forwards has left is used up
         found = [gradient for gradient in self._gradients if gradient is not None]
         # The next replay forwards may write where these are, while gradients are still added up.
         copies = [torch.empty_like(gradient) for gradient in found]
@@ -142,20 +146,23 @@ class _Replay(torch.autograd.Function):
     def backward(ctx, gradient):
         if ctx.replay != ctx.recording.replays:
             raise RuntimeError(
-                "these blocks ran again before the backward pass of an earlier run, whose values are lost: "
-                "use train.cuda_graphs=false"
+                "these blocks ran again, or backwards, since the run whose gradients are wanted, and its "
+                "values are lost: use train.cuda_graphs=false"
             )
         return None, *ctx.recording.backward(gradient)
 
 
 class RecordedBlocks:
-    """Runs blocks, from their third call on as a recording.
+    """Runs blocks, after a few calls as a recording.
 
-    What differs from what was recorded, or is to be looked into by hooks, runs as it would without; so does
-    everything where there is no memory for a recording, which is logged.
+    One recording is kept: of what was asked for several times in a row. Anything else, and everything inside
+    of :func:`dinov2.compiled.uncompiled`, runs as it would without; so do all blocks where there is no memory
+    for a recording, which is logged. Their parameters must stay the same objects. Hooks on single blocks are
+    not called by a replay, those on chunks of blocks not at all.
 
     Args:
         name: of the network.
+        warm_up: calls before the recording.
         make_recorder: makes one for each recording.
         has_room: whether there is memory for a recording; None if that is not asked and its lack an error.
     """
@@ -163,14 +170,27 @@ class RecordedBlocks:
     def __init__(
         self,
         name: str,
+        warm_up: int = WARM_UP_STEPS,
         make_recorder: Callable[[], Recorder] = CudaRecorder,
         has_room: Callable[[], bool] | None = None,
     ) -> None:
-        self._name, self._make_recorder, self._has_room = name, make_recorder, has_room
-        self._parameters: list[nn.Parameter] = []
-        self._calls: dict[Any, int] = {}
-        self._recordings: dict[Any, _Recording] = {}
+        self._name, self._warm_up = name, warm_up
+        self._make_recorder, self._has_room = make_recorder, has_room
         self._off = False
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._parameters: list[nn.Parameter] = []
+        self._key: Any = None
+        self._calls = 0
+        self._recording: _Recording | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the recording, which is of no use to a copy."""
+        copy = RecordedBlocks.__new__(RecordedBlocks)
+        copy.__dict__.update(self.__dict__)
+        copy._start_anew()
+        return copy.__dict__
 
     def __call__(self, planned: Planned, x: Tensor, layout: PackedLayout) -> Tensor:
         """Return packed tokens ``[1, T, D]`` after blocks with their subsets, see :func:`run_blocks`."""
@@ -178,40 +198,41 @@ class RecordedBlocks:
             return run_blocks(planned, x, layout)
         if not self._parameters:  # to walk through all modules takes as long as a replay
             self._parameters = [p for block, _ in planned for p in block.parameters()]
-        key = self._key(planned, x, layout)
-        recording = self._recordings.get(key) or self._record(key, planned, x, layout)
-        return run_blocks(planned, x, layout) if recording is None else recording(planned, x)
+        key = self._depends_on(planned, x, layout)
+        if key != self._key:
+            self._key, self._calls, self._recording = key, 0, None
+        self._calls += 1
+        if self._recording is None and self._calls > self._warm_up:
+            self._recording = self._record(planned, x, layout)
+        return run_blocks(planned, x, layout) if self._recording is None else self._recording(planned, x)
 
     @property
-    def recordings(self) -> int:
-        """How many different passes are recorded."""
-        return len(self._recordings)
+    def is_recorded(self) -> bool:
+        """Whether the last calls were, or the next call may be, a replay."""
+        return self._recording is not None
 
-    def _key(self, planned: Planned, x: Tensor, layout: PackedLayout) -> Any:
+    def _depends_on(self, planned: Planned, x: Tensor, layout: PackedLayout) -> Any:
         """Return all that a recording depends on beside its inputs."""
         kind = x.device.type
         return (
             layout,
-            (x.dtype, x.requires_grad, torch.is_grad_enabled()),
+            (x.device, x.dtype, x.requires_grad, torch.is_grad_enabled()),
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
             tuple(subset.layout for _, subsets in planned for subset in subsets),
             tuple((p.data_ptr(), p.requires_grad) for p in self._parameters),
         )
 
-    def _record(self, key: Any, planned: Planned, x: Tensor, layout: PackedLayout) -> _Recording | None:
-        """Return a recording; None if it is too early, if there are enough, or if there is no memory.
+    def _record(self, planned: Planned, x: Tensor, layout: PackedLayout) -> _Recording | None:
+        """Return a recording; None, now and later, if there is no memory.
 
         Raises:
             RecordingError: it can not be made.
         """
-        calls = self._calls[key] = self._calls.get(key, 0) + 1
-        if calls <= WARM_UP_CALLS or len(self._recordings) == MOST_RECORDINGS:
-            return None
         if self._has_room is not None and not self._has_room():
             self._off = True
             return None
         try:
-            self._recordings[key] = _Recording(self._make_recorder(), planned, x, layout)
+            recording = _Recording(self._make_recorder(), planned, x, layout)
         except torch.OutOfMemoryError:
             if self._has_room is None:
                 raise
@@ -224,14 +245,14 @@ class RecordedBlocks:
                 "use train.cuda_graphs=false"
             ) from error
         logger.info("recorded %d blocks of the %s as CUDA graphs", len(planned), self._name)
-        return self._recordings[key]
+        return recording
 
 
-def records(settings: DictConfig, device: torch.device, *, compiled: bool) -> bool:
-    """Return whether a run records its blocks: what ``train.cuda_graphs`` says, by default where it can.
+def records(cfg: DictConfig, device: torch.device, *, compiled: bool) -> bool:
+    """Return whether a run records its blocks: ``train.cuda_graphs``, by default where that was tried.
 
     Args:
-        settings: section ``train``.
+        cfg: resolved config.
         device: of the networks.
         compiled: whether blocks are compiled.
 
@@ -242,32 +263,44 @@ def records(settings: DictConfig, device: torch.device, *, compiled: bool) -> bo
         "there is no CUDA device": device.type != "cuda",
         "nothing is compiled (train.compile)": not compiled,
         "the blocks are divided over several processes": distributed.get_global_size() > 1,
-        "train.activation_checkpointing computes them again": settings.activation_checkpointing != "none",
+        "train.activation_checkpointing computes them again": cfg.train.activation_checkpointing != "none",
     }
     found = [obstacle for obstacle, is_there in obstacles.items() if is_there]
-    if settings.cuda_graphs and found:
+    if cfg.train.cuda_graphs and found:
         raise ConfigError(f"train.cuda_graphs is true, but {found[0]}: leave it out")
-    return not found and settings.cuda_graphs is not False
+    if cfg.train.cuda_graphs is not None:
+        return cfg.train.cuda_graphs
+    return not found and cfg.optim.accumulate_steps == 1 and not cfg.student.lora_rank
 
 
-def record_blocks(backbones: Mapping[str, nn.Module], *, required: bool) -> None:
+def record_blocks(backbones: Mapping[str, nn.Module], *, calls_per_step: int, required: bool) -> None:
     """Let all blocks but the last of each backbone run as CUDA graphs, see :class:`RecordedBlocks`.
 
     Args:
         backbones: by the name of their network; compiled, on a GPU, not sharded. Those without this package's
             blocks stay as they are.
-        required: whether a lack of memory is an error.
+        calls_per_step: micro-batches of a step.
+        required: whether it is an error if one can not be recorded, for its kind or a lack of memory.
+
+    Raises:
+        ConfigError: it is, and one has no blocks that can be recorded.
     """
     for name, backbone in backbones.items():
         if hasattr(backbone, "run_blocks"):
-            backbone.run_blocks = RecordedBlocks(name, has_room=None if required else gpu_has_room)
+            warm_up, has_room = WARM_UP_STEPS * calls_per_step, None if required else gpu_has_room
+            backbone.run_blocks = RecordedBlocks(name, warm_up, has_room=has_room)
+        elif required:
+            raise ConfigError(
+                f"train.cuda_graphs is true, but {type(backbone).__name__} has none of this package's "
+                "transformer blocks: leave it out"
+            )
 
 
 def gpu_has_room() -> bool:
     """Return whether the GPU has memory to spare beyond what the steps so far took; if not, say so."""
     free, _ = torch.cuda.mem_get_info()
     held = torch.cuda.memory_allocated()
-    room = free + torch.cuda.memory_reserved() - held
+    room = free + torch.cuda.memory_reserved() - held - kept_by_recordings()
     needed = MEMORY_FACTOR * (torch.cuda.max_memory_allocated() - held)
     if needed > room:
         logger.info(
@@ -277,6 +310,15 @@ def gpu_has_room() -> bool:
             room / 2**30,
         )
     return needed <= room
+
+
+def kept_by_recordings() -> int:
+    """Return the bytes of a GPU that CUDA graphs keep for themselves and that do not count as allocated."""
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment["segment_pool_id"]) != (0, 0)
+    )
 
 
 def _parameters_by_module(planned: Planned) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter]]]:

@@ -450,8 +450,9 @@ class SSLMetaArch(nn.Module):
         backbones = {name: getattr(self, name)["backbone"] for name in ("student", "teacher")}
         if self.compile_losses:
             compile_blocks(*backbones.values(), required=setting is True)
-        if records(self.cfg.train, self.device, compiled=self.compile_losses):
-            record_blocks(backbones, required=self.cfg.train.cuda_graphs is True)
+        if records(self.cfg, self.device, compiled=self.compile_losses):
+            micro_batches, required = self.cfg.optim.accumulate_steps, self.cfg.train.cuda_graphs is True
+            record_blocks(backbones, calls_per_step=micro_batches, required=required)
 
     def fsdp_synchronize_streams(self) -> None:
         """Kept for scripts that call it; there are no private streams to synchronise."""

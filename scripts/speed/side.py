@@ -193,7 +193,12 @@ class Workbench:
     def peak(self) -> dict[str, Any]:
         """Return the bytes in use at most: a GPU's, or the process's above what importing had taken."""
         if self.device.type == "cuda":
-            return {"bytes": torch.cuda.max_memory_allocated() + kept_by_graphs()}
+            kept = 0
+            if self.records:
+                from dinov2.train.cuda_graphs import kept_by_recordings
+
+                kept = kept_by_recordings()
+            return {"bytes": torch.cuda.max_memory_allocated() + kept}
         return {"bytes": status("VmHWM") - self.resident_before}
 
     def gemm(self) -> dict[str, Any]:
@@ -287,16 +292,6 @@ class Workbench:
             return
         with torch.autocast(self.device.type, dtype=dtype):
             yield
-
-
-def kept_by_graphs() -> int:
-    """Return the bytes that CUDA graphs keep for themselves and that do not count as allocated."""
-    segments = torch.cuda.memory_snapshot()
-    return sum(
-        segment["total_size"] - segment["allocated_size"]
-        for segment in segments
-        if tuple(segment["segment_pool_id"]) != (0, 0)
-    )
 
 
 def status(name: str) -> int:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dinov2.layers.dino_head import WeightNormLinear
 from dinov2.loss import DINOLoss, iBOTPatchLoss
 from dinov2.loss.targets import joint_sinkhorn_knopp
-from dinov2.train.cuda_graphs import WARM_UP_CALLS
+from dinov2.train.cuda_graphs import WARM_UP_STEPS
 from dinov2.train.head_losses import Entry, dino_entries, head_loss
 from dinov2.train.optimizer import build_optimizer
 from dinov2.train.planning.flops import patch_flops, step_flops
@@ -144,7 +144,7 @@ def test_waits_that_cuda_itself_reports(number_format):
         name: value.pin_memory() if isinstance(value, torch.Tensor) else value
         for name, value in run.batch.items()
     }
-    for _ in range(WARM_UP_CALLS + 1):  # in the last of these its blocks are recorded
+    for _ in range(WARM_UP_STEPS + 1):  # in the last of these its blocks are recorded
         run.step()
 
     assert reported_waits(lambda: run.model.forward_backward(run.batch, 0.07)) == []
