@@ -177,7 +177,10 @@ def submit_jobs(
             return _submit_sweep(executor, tasks, rows, args)
         job = executor.submit(tasks[0])
     logger.info(
-        "submitted job %s, logs and results in %s", job.job_id, args.output_dir.replace(JOB_ID, job.job_id)
+        "submitted job %s: its log is %s, results come to %s",
+        job.job_id,
+        job.paths.stdout,
+        args.output_dir.replace(JOB_ID, job.job_id),
     )
     return job
 

@@ -31,6 +31,7 @@ from dinov2.errors import ConfigError, WeightsError
 from dinov2.logging import MetricLogger
 from dinov2.logging.sinks import open_sinks, require_packages
 from dinov2.train.arguments import get_args_parser
+from dinov2.train.cuda_graphs import records
 from dinov2.train.initialization import settle_config, write_reports
 from dinov2.train.input import build_dataset, find_order, require_same_length
 from dinov2.train.loop import Place, TrainingLoop
@@ -250,6 +251,8 @@ def _run(
     torch.backends.cuda.matmul.allow_tf32 = True
     device = resolve_device(cfg.train.device)
     settle_config(cfg)
+    if cfg.train.cuda_graphs:  # asked again when it is known whether the run compiles
+        records(cfg, device, compiled=cfg.train.compile is not False)
     require_equal_groups(cfg.compute_precision)
     require_packages(cfg.tracking)
     # Before the networks are built: a wrong dataset string should not cost the time that takes.

@@ -10,6 +10,7 @@ from torch import nn
 from dinov2.compiled import uncompiled
 from dinov2.errors import ConfigError
 from dinov2.train import cuda_graphs
+from dinov2.train import train as training
 from dinov2.train.cuda_graphs import RecordedBlocks, RecordingError, record_blocks, records
 from dinov2.train.optimizer import build_optimizer
 from dinov2.train.step import train_step
@@ -289,6 +290,14 @@ def test_what_can_not_be_recorded_is_refused(override, device, compiled, obstacl
     cfg = config("train.cuda_graphs=true", override.replace("seed", "train.seed"))
     with pytest.raises(ConfigError, match=f"train.cuda_graphs is true, but {obstacle}: leave it out"):
         records(cfg, torch.device(device), compiled=compiled)
+
+
+def test_a_run_that_can_not_record_builds_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SSLMetaArch", None)
+    words = ["--output-dir", str(tmp_path), *SMALL, "train.dataset_path=ImageFolder:root=/nowhere"]
+    args = training.get_args_parser().parse_args([*words, "train.cuda_graphs=true", "train.device=cpu"])
+    with pytest.raises(ConfigError, match="train.cuda_graphs is true, but there is no CUDA device"):
+        training.main(args)
 
 
 def test_a_backbone_without_blocks_is_refused_only_if_asked_for():
