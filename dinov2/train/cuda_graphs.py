@@ -11,7 +11,7 @@ Shapes: T tokens packed, D width.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -177,20 +177,14 @@ class RecordedBlocks:
         self._name, self._warm_up = name, warm_up
         self._make_recorder, self._has_room = make_recorder, has_room
         self._off = False
-        self._start_anew()
-
-    def _start_anew(self) -> None:
         self._parameters: list[nn.Parameter] = []
         self._key: Any = None
         self._calls = 0
         self._recording: _Recording | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the recording, which is of no use to a copy."""
-        copy = RecordedBlocks.__new__(RecordedBlocks)
-        copy.__dict__.update(self.__dict__)
-        copy._start_anew()
-        return copy.__dict__
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let copies start anew: a recording computes with the parameters of the original."""
+        return RecordedBlocks, (self._name, self._warm_up, self._make_recorder, self._has_room)
 
     def __call__(self, planned: Planned, x: Tensor, layout: PackedLayout) -> Tensor:
         """Return packed tokens ``[1, T, D]`` after blocks with their subsets, see :func:`run_blocks`."""
@@ -342,8 +336,8 @@ def _standing_in(stand_ins: dict[nn.Module, dict[str, nn.Parameter]]) -> Iterato
 
 
 def _copied(subset: Subset) -> Subset:
-    values = {field.name: getattr(subset, field.name) for field in fields(subset)}
-    return Subset(**{name: v.clone() if isinstance(v, Tensor) else v for name, v in values.items()})
+    tensors = {name: value.clone() for name, value in vars(subset).items() if isinstance(value, Tensor)}
+    return replace(subset, **tensors)
 
 
 def _by_dtype(planned: Planned) -> list[list[Tensor]]:

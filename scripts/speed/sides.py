@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from dinov2.train import cuda_graphs
 from scripts.speed.checkouts import Checkout, SideError
 
 SIDE_FILE = Path(__file__).with_name("side.py")
 WARM_UP_STEPS = 20  # at most; fp16 looks for its loss scale in the first ones
-MORE_STEPS = {"cpu": 1, "cuda": 6}  # in the sixth step of all a GPU records its blocks
+MORE_STEPS = {"cpu": 1, "cuda": 1 + cuda_graphs.WARM_UP_STEPS}  # until a GPU has recorded its blocks
 
 
 class Side(Checkout):

@@ -64,14 +64,17 @@ class Shelf:
         return [(len(recorder.results), recorder.replayed) for recorder in self.recorders]
 
 
+def record(model, make_recorder, has_room=None):
+    for name in ("student", "teacher"):
+        runner = RecordedBlocks(name, WARM_UP, make_recorder, has_room)
+        getattr(model, name)["backbone"].run_blocks = runner
+
+
 def train(cfg, device="cpu", make_recorder=None, has_room=None, steps=STEPS):
     """Take steps on different batches; return losses and the model."""
     model = build(cfg, device)
     if make_recorder is not None:
-        for name in ("student", "teacher"):
-            getattr(model, name)["backbone"].run_blocks = RecordedBlocks(
-                name, WARM_UP, make_recorder, has_room
-            )
+        record(model, make_recorder, has_room)
     optimizer = build_optimizer(cfg, model.get_params_groups())
     losses = []
     for step in range(steps):
@@ -188,8 +191,7 @@ def test_only_what_repeats_is_recorded():
 def test_a_frozen_backbone_is_released():
     cfg = resolve(*SMALL)
     model, shelf = build(cfg), Shelf()
-    for name in ("student", "teacher"):
-        getattr(model, name)["backbone"].run_blocks = RecordedBlocks(name, WARM_UP, shelf)
+    record(model, shelf)
     parameters = list(model.student["backbone"].parameters())
     for frozen in [True] * 4 + [False] * 4:
         for parameter in parameters:
@@ -227,21 +229,16 @@ def test_a_run_goes_on_without_memory_for_recordings(caplog):
         without = train(cfg, make_recorder=lambda: Fails(NO_MEMORY), has_room=lambda: True)
     assert_equal(without, train(cfg))
     for name in ("student", "teacher"):
-        assert (
-            caplog.text.count(f"the {name} is not recorded as CUDA graphs: the memory did not suffice") == 1
-        )
+        told = f"the {name} is not recorded as CUDA graphs: the memory did not suffice"
+        assert caplog.text.count(told) == 1
     with pytest.raises(torch.OutOfMemoryError):
         train(cfg, make_recorder=lambda: Fails(NO_MEMORY))
 
 
 def test_other_trouble_is_told_with_the_way_out():
-    error = RuntimeError(
-        "CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors ..."
-    )
-    told = (
-        "the teacher could not be recorded as CUDA graphs (CUDA error: operation not permitted when stream "
-    )
-    told += "is capturing): use train.cuda_graphs=false"
+    reason = "CUDA error: operation not permitted when stream is capturing"
+    error = RuntimeError(f"{reason}\nCUDA kernel errors ...")
+    told = f"the teacher could not be recorded as CUDA graphs ({reason}): use train.cuda_graphs=false"
     with pytest.raises(RecordingError) as caught:
         train(resolve(*SMALL), make_recorder=lambda: Fails(error), has_room=lambda: True)
     assert str(caught.value) == told
@@ -276,8 +273,8 @@ def test_which_runs_record(monkeypatch):
 @pytest.mark.parametrize(
     "override, device, compiled, obstacle",
     [
-        ("seed=0", "cpu", True, "there is no CUDA device"),
-        ("seed=0", "cuda", False, r"nothing is compiled \(train.compile\)"),
+        ("train.seed=0", "cpu", True, "there is no CUDA device"),
+        ("train.seed=0", "cuda", False, r"nothing is compiled \(train.compile\)"),
         (
             "train.activation_checkpointing=selective",
             "cuda",
@@ -287,7 +284,7 @@ def test_which_runs_record(monkeypatch):
     ],
 )
 def test_what_can_not_be_recorded_is_refused(override, device, compiled, obstacle):
-    cfg = config("train.cuda_graphs=true", override.replace("seed", "train.seed"))
+    cfg = config("train.cuda_graphs=true", override)
     with pytest.raises(ConfigError, match=f"train.cuda_graphs is true, but {obstacle}: leave it out"):
         records(cfg, torch.device(device), compiled=compiled)
 
