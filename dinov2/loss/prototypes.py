@@ -227,7 +227,7 @@ def _replace(
     views: Tensor, scores: Sequence[Tensor], factors: Sequence[Tensor], shifts: Sequence[Tensor]
 ) -> Tensor:
     wanted = added(
-        torch.softmax(part * factor + shift, dim=1)
+        torch.softmax(part.float() * factor + shift, dim=1)
         for part, factor, shift in zip(scores, factors, shifts, strict=True)
     )
     log_probs = torch.log_softmax(views.float(), dim=2)

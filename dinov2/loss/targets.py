@@ -153,11 +153,11 @@ def _balanced_sums(parts: Sequence[Targets], compile: bool) -> Tensor:
 
 
 def _column_sums(scores: Tensor, factor: Tensor, unit: Tensor) -> Tensor:
-    return (scores * factor - unit).exp().sum(dim=0)
+    return (scores.float() * factor - unit).exp().sum(dim=0)
 
 
 def _softmax_sums(scores: Tensor, factor: Tensor, bias: Tensor) -> Tensor:
-    return torch.softmax(scores * factor + bias, dim=1).sum(dim=0)
+    return torch.softmax(scores.float() * factor + bias, dim=1).sum(dim=0)
 
 
 def added(tensors: Iterable[Tensor]) -> Tensor:

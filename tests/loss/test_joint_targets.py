@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from dinov2.compiled import uncompiled
 from dinov2.loss import DINOLoss, iBOTPatchLoss
 from dinov2.loss.targets import joint_sinkhorn_knopp, sinkhorn_knopp
 from tests.distributed.launch import run_in_processes
@@ -24,6 +25,18 @@ def test_sinkhorn_of_chunks_is_that_of_their_rows():
         torch.testing.assert_close(targets.dense(), expected, rtol=1e-4, atol=1e-7)
     apart = sinkhorn_knopp(parts[2], 0.05)
     assert (apart - whole[2]).abs().max() > 0.05, "the chunks do not matter to each other"
+
+
+def test_what_is_compiled_computes_targets_in_float32_from_scores_in_bfloat16():
+    """Run as it is written: a compiler may keep more digits than the code says, one that fails does not."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(40, 16, generator=generator), dim=1)
+    parts = [part.bfloat16() for part in (directions[:25] @ directions.T, directions[25:] @ directions.T)]
+    exact = sinkhorn_knopp(torch.cat(parts).double().float(), 0.04)
+    with uncompiled():
+        joint = joint_sinkhorn_knopp(parts, 0.04, compile=True)
+    found = torch.cat([targets.dense() for targets in joint])
+    torch.testing.assert_close(found, exact, rtol=2e-5, atol=1e-9)
 
 
 def test_sinkhorn_of_one_chunk_is_the_plain_one_to_the_bit():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dinov2.compiled import uncompiled
 from dinov2.layers import DINOHead
 from dinov2.loss import prototypes as module
 from dinov2.loss import tiles
@@ -90,6 +91,22 @@ def test_products_in_half_precision_and_the_rest_in_float32(dtype):
     torch.testing.assert_close(total, expected, rtol=2e-2, atol=0.0)
     for got, exact in zip((features.grad, matrix.grad), wanted, strict=True):
         assert (got - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_targets_in_half_precision_are_read_in_float32(compile):
+    """Run as written: a compiler that fails does not keep more digits than the code says."""
+    features, matrix, probabilities, weights = problem()
+    bias = torch.linspace(-1.0, 1.0, K)
+    rough = [Targets(part.log().bfloat16(), 0.3, bias) for part in probabilities]
+    expected, rows = written_out(features, matrix, [part.dense() for part in rough], weights)
+    terms = [Term(0, VIEWS, weights[0], rough[:2]), Term(VIEWS * COUNT, 1, weights[1], rough[2:])]
+    with uncompiled():
+        total, found = prototype_cross_entropy(features, matrix, terms, TEMPERATURE, compile=compile)
+    torch.testing.assert_close(found, rows, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(total, (features, matrix))
+    for got, wanted in zip(gradients, torch.autograd.grad(expected, (features, matrix)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_no_rows_are_no_loss_with_a_graph():
