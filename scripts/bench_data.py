@@ -12,7 +12,6 @@ own, in turn with ours, each in a process of its own, and nothing else.
 
 import argparse
 import io
-import json
 import math
 import sys
 import tempfile
@@ -48,6 +47,7 @@ from dinov2.errors import ConfigError  # noqa: E402
 from dinov2.utils.device import resolve_device  # noqa: E402
 from scripts.quickstart.tiles import CARCINOMA, read_slide, tile_corners, tissue_mask  # noqa: E402
 from scripts.speed.checkouts import Checkout, check_tree  # noqa: E402
+from scripts.speed.report_file import check_report, write_report  # noqa: E402
 
 TILE_SIZES = (224, 512)
 JPEG_QUALITY = 90
@@ -367,12 +367,11 @@ def rate_table(timings: dict[int, dict[str, Timing]], yardstick: str = PLAIN) ->
     return lines
 
 
-def stage_table(rounds: int, images: int) -> list[str]:
-    """Time the stages, and return the lines of their table."""
-    by_size = [race_stages(size, rounds=rounds, images=images) for size in TILE_SIZES]
-    lines = [f"| stage | {' | '.join(f'{size} px' for size in TILE_SIZES)} |", "|---|---|---|"]
-    for stage in by_size[0]:
-        cells = [f"{1e3 * median(timings[stage].cpu):.2f}" for timings in by_size]
+def stage_table(stages: dict[int, dict[str, Timing]]) -> list[str]:
+    """Return the lines of the table of stages."""
+    lines = [f"| stage | {' | '.join(f'{size} px' for size in stages)} |", f"|---|{'---|' * len(stages)}"]
+    for stage in next(iter(stages.values())):
+        cells = [f"{1e3 * median(timings[stage].cpu):.2f}" for timings in stages.values()]
         lines.append(f"| {stage} | {' | '.join(cells)} |")
     return lines
 
@@ -411,18 +410,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--draws", type=int, default=150, help="images per comparison (default: 150)")
     parser.add_argument("--seed", type=int, default=0, help="of the comparison, and the next (default: 0)")
     parser.add_argument("--against", type=Path, help="folder of another checkout, in which dinov2 lies")
-    parser.add_argument("--output", type=Path, help="JSON file to write: seconds per image of every round")
+    parser.add_argument("--output", type=Path, help="JSON file to write, in seconds per image")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="for the colours")
     return parser
 
 
-def write_timings(output: Path | None, timings: dict[int, dict[str, Timing]]) -> None:
-    """Write the seconds per image of every round as JSON, if there is a file to write to."""
-    if output is not None:
-        sizes = {
-            str(size): {name: asdict(timing) for name, timing in of.items()} for size, of in timings.items()
-        }
-        output.write_text(json.dumps(sizes, indent=2) + "\n")
+def as_json(timings: dict[int, dict[str, Timing]]) -> dict[str, Any]:
+    """Return the seconds per image of every round, by size and name."""
+    return {str(size): {name: asdict(timing) for name, timing in of.items()} for size, of in timings.items()}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -430,32 +425,38 @@ def main(args: argparse.Namespace) -> None:
     for name in ("rounds", "images", "draws"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}; use 1 or more")
+    check_report(args.output)
     if args.against is not None:
         check_tree(args.against, "dinov2/data")
         race = partial(race_checkouts, args.against, rounds=args.rounds, images=args.images)
         timings = {size: race(size) for size in TILE_SIZES}
-        write_timings(args.output, timings)
         cli.say(
             f"Images per second and core, and gain over {args.against} (range of {args.rounds} rounds):\n"
         )
         cli.say("\n".join(rate_table(timings, yardstick=OTHER)))
+        write_report(args.output, {"pipelines": as_json(timings)})
         return
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as the loader's workers do; it speeds the PIL pipelines up
     device = resolve_device(args.device)
     timings = {size: race_pipelines(size, rounds=args.rounds, images=args.images) for size in TILE_SIZES}
-    write_timings(args.output, timings)
     cli.say(f"Images per second and core, and gain over {PLAIN} (range of {args.rounds} rounds):\n")
     cli.say("\n".join(rate_table(timings)))
     cli.say("\nStages of fast beside decoding, ms of CPU time per image:\n")
-    cli.say("\n".join(stage_table(args.rounds, args.images)))
+    stages = {size: race_stages(size, rounds=args.rounds, images=args.images) for size in TILE_SIZES}
+    cli.say("\n".join(stage_table(stages)))
     cli.say(f"\nColours of whole batches on {device.type}, ms per image:")
-    for way, seconds in time_colours(device, rounds=args.rounds).items():
+    colours = time_colours(device, rounds=args.rounds)
+    for way, seconds in colours.items():
         cli.say(f"- {way}: {1e3 * seconds:.3f}")
     cli.say("\nCores that feed one H100 (calc):\n")
     cli.say("\n".join(core_table(timings)))
     cli.say(f"\nfast against {PLAIN}:\n")
-    cli.say("\n".join(agreement_table(agreement(args.draws, seed=args.seed))))
+    found = agreement(args.draws, seed=args.seed)
+    cli.say("\n".join(agreement_table(found)))
+    report = {"pipelines": as_json(timings), "stages": as_json(stages)}
+    report |= {"colours": {device.type: colours}, "agreement": [asdict(comparison) for comparison in found]}
+    write_report(args.output, report)
 
 
 def agreement(draws: int, name: str = "fast", *, seed: int = 0, **options: Any) -> list[Agreement]:

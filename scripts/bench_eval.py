@@ -12,7 +12,6 @@ JSON.
 
 import argparse
 import importlib.util
-import json
 import multiprocessing
 import resource
 import statistics
@@ -32,7 +31,8 @@ sys.path.insert(0, str(REPO))
 
 from dinov2 import cli  # noqa: E402 - the line above makes the packages known to a script
 from dinov2.errors import ConfigError  # noqa: E402
-from scripts.speed.checkouts import Checkout, check_tree  # noqa: E402
+from scripts.speed.checkouts import Checkout, SideError, check_tree  # noqa: E402
+from scripts.speed.report_file import check_report, write_report  # noqa: E402
 
 VOTING = REPO / "scripts" / "speed" / "voting.py"
 CLASSES = 9
@@ -116,7 +116,11 @@ def measure(name: str, options: argparse.Namespace, connection) -> None:
 
 
 def race(options: argparse.Namespace) -> dict[str, list[tuple]]:
-    """Run all searches in turn; return what :func:`measure` sends, by the name of the search."""
+    """Run all searches in turn; return what :func:`measure` sends, by the name of the search.
+
+    Raises:
+        SideError: a search ended without a result.
+    """
     names = [name for name in SEARCHES if name != "faiss" or importlib.util.find_spec("faiss")]
     context = multiprocessing.get_context("spawn")
     runs: dict[str, list[tuple]] = {name: [] for name in names}
@@ -126,7 +130,14 @@ def race(options: argparse.Namespace) -> dict[str, list[tuple]]:
             process = context.Process(target=measure, args=(name, options, sender))
             process.start()
             sender.close()  # so that a process that ends without an answer is no endless wait
-            runs[name].append(receiver.recv())
+            try:
+                runs[name].append(receiver.recv())
+            except EOFError:
+                process.join()
+                raise SideError(
+                    f"the search of {name} ended without a result (exit code {process.exitcode}): see its "
+                    "messages above, and use fewer --stored or a smaller --width if it lacked memory"
+                ) from None
             process.join()
     return runs
 
@@ -192,11 +203,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(options: argparse.Namespace) -> None:
     """Measure, print the table and write the JSON document."""
-    for flag in ("stored", "queries", "width", "k", "rounds"):
-        if getattr(options, flag) < 1:
-            raise ConfigError(f"--{flag} is {getattr(options, flag)}; use 1 or more")
+    for flag, least in (("stored", 1), ("queries", 1), ("width", 1), ("k", 1), ("rounds", 1), ("threads", 0)):
+        if getattr(options, flag) < least:
+            raise ConfigError(f"--{flag} is {getattr(options, flag)}; use {least} or more")
     if options.k > options.stored:
         raise ConfigError(f"--k is {options.k}; use at most --stored, which is {options.stored}")
+    check_report(options.output)
     if options.against is not None:
         runs = race_checkouts(options)
         clocks = {name: [(run["wall"], run["cpu"]) for run in of] for name, of in runs.items()}
@@ -210,10 +222,8 @@ def main(options: argparse.Namespace) -> None:
         report = summary(clocks, agree)
         for name, of in found.items():
             report[name]["peak_mib_above_features"] = round(max(run[2] for run in of))
-    if options.output is not None:
-        document = {"options": vars(options), **report}
-        options.output.write_text(json.dumps(document, indent=2, default=str) + "\n")
     cli.say("\n".join(table(report)))
+    write_report(options.output, {"options": vars(options), **report})
 
 
 if __name__ == "__main__":

@@ -86,8 +86,10 @@ class Checkout:
         if not line:
             raise SideError(f"the process of {self.tree} has ended: see its messages above")
         document = json.loads(line)
-        if document["failed"]:
-            raise SideError(f"{self.tree}: {document['failed']}")
+        if failed := document["failed"]:
+            if failed.startswith("ModuleNotFoundError"):
+                failed += ": install what that checkout needs, or name its folder in PYTHONPATH"
+            raise SideError(f"{self.tree}: {failed}")
         return document["answer"]
 
 

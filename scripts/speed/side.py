@@ -114,10 +114,25 @@ class Workbench:
         return {}
 
     def read(self, path: str) -> dict[str, Any]:
-        """Take the weights and the batch that another side has written."""
+        """Take the weights and the batch that another side has written.
+
+        Raises:
+            ValueError: its networks have other weights.
+        """
         state = torch.load(path, map_location="cpu", weights_only=True)
-        self.model.student.load_state_dict(state["student"])
-        self.model.teacher.load_state_dict(state["teacher"])
+        for name in ("student", "teacher"):
+            network = getattr(self.model, name)
+            own, given = (
+                {(key, tuple(value.shape)) for key, value in weights.items()}
+                for weights in (network.state_dict(), state[name])
+            )
+            if differing := own ^ given:
+                key, shape = min(differing)
+                raise ValueError(
+                    f"{len(differing)} of the weights of the {name} are not those of the other checkout, "
+                    f"such as {key} {list(shape)}: use settings that both understand in the same way"
+                )
+            network.load_state_dict(state[name])
         self.batch = self._pinned(state["batch"])
         return {}
 

@@ -80,7 +80,7 @@ def test_another_checkout_in_turn_with_this_one(tmp_path, capsys, monkeypatch):
     report = tmp_path / "report.json"
     options = ["--rounds", "1", "--images", "1", "--against", str(REPO), "--output", str(report)]
     main(get_args_parser().parse_args(options))
-    (timings,) = json.loads(report.read_text()).values()
+    (timings,) = json.loads(report.read_text())["pipelines"].values()
     assert list(timings) == ["the other checkout", *(f"here, {name}" for name in PIPELINES)]
     assert all(timing["cpu"][0] > 0 for timing in timings.values())
     assert "| here, fast |" in capsys.readouterr().out
@@ -89,8 +89,14 @@ def test_another_checkout_in_turn_with_this_one(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_command_line(capsys):
-    main(get_args_parser().parse_args(["--rounds", "1", "--images", "1", "--draws", "5", "--device", "cpu"]))
+def test_command_line(tmp_path, capsys):
+    file = tmp_path / "report.json"
+    options = ["--rounds", "1", "--images", "1", "--draws", "5", "--device", "cpu", "--output", str(file)]
+    main(get_args_parser().parse_args(options))
+    report = json.loads(file.read_text())
+    assert report["pipelines"]["224"].keys() >= {*PIPELINES} and report["stages"].keys() == {"224", "512"}
+    assert report["colours"]["cpu"]["eager"] > 0
+    assert "flips" in [comparison["quantity"] for comparison in report["agreement"]]
     printed = capsys.readouterr().out
     for expected in ("| fast |", "| device, CPU part |", "| decoding alone |", "- eager:", "| flips |"):
         assert expected in printed

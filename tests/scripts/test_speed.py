@@ -1,15 +1,20 @@
 """What the benchmark of training is made of: counts, parts, statistics, stand-ins, and one short run."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import Linear
 
-from dinov2.errors import ConfigError
+from dinov2.errors import ConfigError, OutputError
 from dinov2.train.optimizer import build_optimizer
+from dinov2.train.planning.flops import step_flops
 from dinov2.train.planning.hardware import gpu_key
 from dinov2.train.step import train_step
 from scripts import bench_train
@@ -17,9 +22,11 @@ from scripts.speed import parts, stand_ins
 from scripts.speed.checkouts import SideError
 from scripts.speed.counts import count, used_bytes
 from scripts.speed.parts import PartTimer, instrument
+from scripts.speed.report_file import write_report
+from scripts.speed.side import Workbench
 from scripts.speed.summary import Growth, Median, Rung
 from tests.conftest import REPO
-from tests.train.planning.steps import SMALL, VALUES, build, random_batch, resolve
+from tests.train.planning.steps import SMALL, VALUES, build, random_batch, resolve, workload
 
 N = 1000  # elements of 4 bytes
 
@@ -213,6 +220,9 @@ def test_stand_ins_compute_what_they_stand_for():
         (["--against", "/nowhere"], "holds no dinov2/train"),
         (["--ladder", "4"], "no list of two or more"),
         (["--ladder", "4,x"], "no list of two or more"),
+        (["--ladder", ","], "no list of two or more"),
+        (["--peak-tflops", "0"], "--peak-tflops is 0; use a finite number above 0"),
+        (["--peak-tflops", "nan"], "--peak-tflops is nan"),
         (["student.arch=auto"], "name the architecture"),
         (["optim.accumulate_steps=2"], "the benchmark takes 1"),
     ],
@@ -221,6 +231,44 @@ def test_bad_options(words, told, tmp_path):
     args = bench_train.get_args_parser().parse_args(["--device", "cpu", *words])
     with pytest.raises(ConfigError, match=told):
         bench_train.Benchmark(args, tmp_path)
+
+
+def test_a_report_that_can_not_be_written_is_found_at_once(tmp_path):
+    args = bench_train.get_args_parser().parse_args(["--device", "cpu", "--output", str(tmp_path)])
+    with pytest.raises(OutputError, match="can not be written .Is a directory.: name a file"):
+        bench_train.Benchmark(args, tmp_path)
+
+
+def test_a_report_is_json_whatever_was_found(tmp_path):
+    file = tmp_path / "report.json"
+    write_report(file, {"losses": {"own": math.nan}, "pairs": [(1.0, math.inf)], 224: Path("a")})
+    strict = json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert strict == {"losses": {"own": None}, "pairs": [[1.0, None]], "224": "a"}
+
+
+def test_losses_that_are_not_finite_do_not_agree():
+    one = {"ibot": 1.0, "koleo": 2.0}
+    assert bench_train.relative_difference(one, {"ibot": 1.0, "koleo": 2.5}) == pytest.approx(0.2)
+    for spoilt in ({"ibot": math.nan, "koleo": 2.0}, {"ibot": 1.0, "koleo": math.nan}):
+        assert bench_train.relative_difference(one, spoilt) == math.inf
+        assert bench_train.relative_difference(spoilt, spoilt) == math.inf
+    with pytest.raises(ConfigError, match="no loss in common .ibot, koleo; dino."):
+        bench_train.relative_difference(one, {"dino": 1.0})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("ibot.separate_head=true", "ibot.head_n_prototypes=64"), ("dino.loss_weight=0",)],
+)
+def test_parts_do_the_arithmetic_of_the_model(overrides):
+    work = workload(resolve(*SMALL, *overrides))
+    by_part = bench_train.part_flops(work)
+    assert sum(by_part.values()) == pytest.approx(step_flops(work).model)
+    cfg = resolve(*SMALL, *overrides, "dino.head_n_prototypes=1")
+    cfg.ibot.head_n_prototypes = 1
+    without = bench_train.part_flops(workload(cfg))
+    changed = {part for part in by_part if by_part[part] != pytest.approx(without[part], rel=1e-9)}
+    assert changed == {parts.TEACHER_HEADS, parts.STUDENT_HEADS}
 
 
 @pytest.mark.slow
@@ -250,6 +298,17 @@ def test_a_side_that_fails_says_why(tmp_path):
     bench = bench_train.Benchmark(args, tmp_path)
     with pytest.raises(SideError, match="broken checkout"), bench.side(tmp_path, 1):
         pass
+
+
+def test_sides_with_other_weights_are_told_apart(tmp_path):
+    file = str(tmp_path / "state.pth")
+    small, large = (SimpleNamespace(student=Linear(2, n), teacher=Linear(2, n)) for n in (3, 4))
+    torch.save({name: net.state_dict() for name, net in vars(large).items()} | {"batch": {}}, file)
+    bench = SimpleNamespace(model=small, _pinned=lambda batch: batch)
+    with pytest.raises(ValueError, match=r"4 of the weights of the student are not .* such as bias \[3\]"):
+        Workbench.read(bench, file)
+    bench.model = large
+    assert Workbench.read(bench, file) == {}
 
 
 @pytest.mark.parametrize("name", ["bench_train", pytest.param("bench_data", marks=pytest.mark.slow)])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dinov2.compiled import MOST_VARIANTS
 from dinov2.layers.dino_head import WeightNormLinear
 from dinov2.loss import DINOLoss, iBOTPatchLoss
 from dinov2.loss.targets import joint_sinkhorn_knopp
@@ -19,6 +20,7 @@ from dinov2.train.head_losses import Entry, dino_entries, head_loss
 from dinov2.train.optimizer import build_optimizer
 from dinov2.train.planning.flops import patch_flops, step_flops
 from dinov2.train.step import train_step
+from scripts.speed.compiled_bytes import CompiledBytes
 from scripts.speed.counts import Counts, count, host_tensors
 from tests.train.planning.steps import SMALL, VALUES, build, random_batch, resolve, workload
 from tests.train.waits import reported_waits
@@ -33,9 +35,13 @@ OTHER_COPIES = 0  # beside those of the batch
 OPERATORS = {"sinkhorn_knopp": 700, "centering": 660}
 
 # Of prototypes, losses and targets at DINOv2's size, 65,536 prototypes and logits in bfloat16: megabytes per
-# image that pass between the memory and a cache of 16 MiB, and those once per step, of the prototypes.
+# image, and those once per step, of the prototypes: beyond a cache of 16 MiB, of every operator without a
+# cache, and of the kernels that they are compiled to.
 CACHE = 2**24
-MEGABYTES = {"sinkhorn_knopp": (109.0, 745.0), "centering": (88.5, 745.0)}
+MEGABYTES = {
+    "sinkhorn_knopp": ((109.0, 745.0), (890.0, 760.0), (205.0, 765.0)),
+    "centering": ((88.5, 745.0), (436.0, 745.0), (91.5, 745.0)),
+}
 PROTOTYPES, BOTTLENECK, MASKED_PER_IMAGE, LOCAL_CROPS = 65536, 256, 76.8, 8
 
 
@@ -104,35 +110,72 @@ def test_operators_do_not_multiply_with_the_batch(run):
     run.batch = kept
 
 
+class PrototypeStep:
+    """Targets, losses and gradients of a batch at DINOv2's size, of values that do not matter."""
+
+    def __init__(self, images: int) -> None:
+        masked = round(images * MASKED_PER_IMAGE)
+        self.rows = {"global": 2 * images, "local": LOCAL_CROPS * images, "patches": masked}
+        self.layer = WeightNormLinear(BOTTLENECK, PROTOTYPES)
+        self.features = {
+            name: torch.empty(n, BOTTLENECK, requires_grad=True) for name, n in self.rows.items()
+        }
+        self.logits = [
+            torch.empty(self.rows[name], PROTOTYPES, dtype=torch.bfloat16) for name in ("global", "patches")
+        ]
+        self.losses = DINOLoss(PROTOTYPES), iBOTPatchLoss(PROTOTYPES)
+
+    def run(self, centering: str, *, compile: bool) -> None:
+        if centering == "centering":
+            pairs = zip(self.losses, self.logits, strict=True)
+            made = [loss.center_jointly([part], 0.07) for loss, part in pairs]
+        else:
+            made = [joint_sinkhorn_knopp([part], 0.07, compile=compile) for part in self.logits]
+        (cls,), (patches,) = made
+        entries = dino_entries(self.features["global"], self.features["local"], cls, 1.0)
+        weights = torch.empty(len(patches))
+        entries.append(Entry("ibot", self.features["patches"], weights, [patches], 1.0))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            total, _ = head_loss(self.layer, entries, 0.1, compile=compile)
+        total.backward()
+
+
 @pytest.mark.parametrize("images", [4, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("centering", MEGABYTES)
 def test_bytes_that_prototypes_losses_and_targets_move(centering, images):
     """Counted on tensors without values, of the sizes of a real run."""
-    masked = round(images * MASKED_PER_IMAGE)
-    sizes = {"global": 2 * images, "local": LOCAL_CROPS * images, "patches": masked}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        layer = WeightNormLinear(BOTTLENECK, PROTOTYPES)
-        features = {name: torch.empty(n, BOTTLENECK, requires_grad=True) for name, n in sizes.items()}
-        logits = [
-            torch.empty(sizes[name], PROTOTYPES, dtype=torch.bfloat16) for name in ("global", "patches")
-        ]
-        losses = DINOLoss(PROTOTYPES), iBOTPatchLoss(PROTOTYPES)
+        step = PrototypeStep(images)
         with count(cache_bytes=CACHE) as counts:
-            if centering == "centering":
-                made = [loss.center_jointly([part], 0.07) for loss, part in zip(losses, logits, strict=True)]
-            else:
-                made = [joint_sinkhorn_knopp([part], 0.07) for part in logits]
-            (cls,), (patches,) = made
-            entries = dino_entries(features["global"], features["local"], cls, 1.0)
-            entries.append(Entry("ibot", features["patches"], torch.empty(masked), [patches], 1.0))
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                total, _ = head_loss(layer, entries, 0.1)
-            total.backward()
-    per_image, per_step = MEGABYTES[centering]
-    assert counts.memory_bytes <= 1e6 * (images * per_image + per_step)
+            step.run(centering, compile=False)
+    beyond_cache, of_operators, _ = MEGABYTES[centering]
+    assert counts.memory_bytes <= allowed(beyond_cache, images)
+    assert counts.bytes + counts.product_bytes <= allowed(of_operators, images)
     # The teacher's logits are read once, the student's written, read, replaced and read again, at the least.
-    teacher, student = sizes["global"] + masked, sum(sizes.values())
+    teacher, student = step.rows["global"] + step.rows["patches"], sum(step.rows.values())
     assert counts.memory_bytes >= 2 * PROTOTYPES * (teacher + 4 * student)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [4, 64])
+@pytest.mark.parametrize("centering", MEGABYTES)
+def test_bytes_that_they_move_as_compiled_kernels(centering, images, monkeypatch):
+    """As on a GPU, by the kernels that the compiler makes for a CPU; no cache."""
+    compiler = CompiledBytes()
+    for user in ("prototypes", "targets"):
+        monkeypatch.setattr(f"dinov2.loss.{user}.compiled", compiler.compiled)
+    step = PrototypeStep(images)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=MOST_VARIANTS), count() as counts:
+        step.run(centering, compile=True)
+    moved = compiler.bytes + counts.bytes + counts.product_bytes
+    assert compiler.bytes and moved <= allowed(MEGABYTES[centering][2], images)
+
+
+def allowed(megabytes: tuple[float, float], images: int) -> float:
+    """Return the bytes of a batch."""
+    per_image, per_step = megabytes
+    return 1e6 * (images * per_image + per_step)
 
 
 @pytest.mark.gpu

@@ -75,7 +75,22 @@ def head_flops(head: HeadSizes) -> float:
     """FLOPs of one row of a head, forward."""
     widths = head.widths
     products = sum(a * b for a, b in zip(widths, widths[1:], strict=False))
-    return 2.0 * (products + head.bottleneck * head.prototypes)
+    return 2.0 * products + _prototype_row(head)
+
+
+def _prototype_row(head: HeadSizes) -> float:
+    return 2.0 * head.bottleneck * head.prototypes
+
+
+def prototype_flops(work: Workload) -> float:
+    """FLOPs per image of the products of the student's features with the prototypes, forward."""
+
+    total = 0.0
+    if work.dino:
+        total += (NUM_GLOBAL_CROPS + work.local_crops) * _prototype_row(work.dino_head)
+    if work.ibot:
+        total += work.masked_mean * _prototype_row(work.ibot_head or work.dino_head)
+    return total
 
 
 def step_flops(work: Workload) -> Flops:
