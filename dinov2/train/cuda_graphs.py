@@ -115,6 +115,8 @@ class _Recording:
             self._x.copy_(x)
         self._replay()
         self.replays += 1
+        if self._result.requires_grad:  # what later layers have kept of the last one is no more
+            torch.autograd.graph.increment_version(self._result)
         result = self._result.detach()
         # What follows may learn though these blocks do not; then nobody asks whether this was overwritten.
         return result if self._result.requires_grad or not self._with_gradients else result.clone()
@@ -157,8 +159,8 @@ class RecordedBlocks:
 
     One recording is kept: of what was asked for several times in a row. Anything else, and everything inside
     of :func:`dinov2.compiled.uncompiled`, runs as it would without; so do all blocks where there is no memory
-    for a recording, which is logged. Their parameters must stay the same objects. Hooks on single blocks are
-    not called by a replay, those on chunks of blocks not at all.
+    for a recording, which is logged. Their modules must stay the same objects. Hooks on single blocks are not
+    called by a replay, those on chunks of blocks not at all.
 
     Args:
         name: of the network.
@@ -177,7 +179,7 @@ class RecordedBlocks:
         self._name, self._warm_up = name, warm_up
         self._make_recorder, self._has_room = make_recorder, has_room
         self._off = False
-        self._parameters: list[nn.Parameter] = []
+        self._slots: list[tuple[dict[str, nn.Parameter | None], str]] = []  # of all modules' parameters
         self._key: Any = None
         self._calls = 0
         self._recording: _Recording | None = None
@@ -190,8 +192,9 @@ class RecordedBlocks:
         """Return packed tokens ``[1, T, D]`` after blocks with their subsets, see :func:`run_blocks`."""
         if self._off or not planned or runs_as_written():
             return run_blocks(planned, x, layout)
-        if not self._parameters:  # to walk through all modules takes as long as a replay
-            self._parameters = [p for block, _ in planned for p in block.parameters()]
+        if not self._slots:  # to walk through all modules takes as long as a replay
+            modules = [module for module, _ in _parameters_by_module(planned)]
+            self._slots = [(module._parameters, name) for module in modules for name in module._parameters]
         key = self._depends_on(planned, x, layout)
         if key != self._key:
             self._key, self._calls, self._recording = key, 0, None
@@ -208,12 +211,13 @@ class RecordedBlocks:
     def _depends_on(self, planned: Planned, x: Tensor, layout: PackedLayout) -> Any:
         """Return all that a recording depends on beside its inputs."""
         kind = x.device.type
+        parameters = [slots[name] for slots, name in self._slots]
         return (
             layout,
-            (x.device, x.dtype, x.requires_grad, torch.is_grad_enabled()),
+            (x.device, x.dtype, x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
             tuple(subset.layout for _, subsets in planned for subset in subsets),
-            tuple((p.data_ptr(), p.requires_grad) for p in self._parameters),
+            tuple((id(p), p.data_ptr(), p.requires_grad) for p in parameters if p is not None),
         )
 
     def _record(self, planned: Planned, x: Tensor, layout: PackedLayout) -> _Recording | None:
@@ -235,8 +239,8 @@ class RecordedBlocks:
             return None
         except RuntimeError as error:  # a GPU's random numbers do not come back from that
             raise RecordingError(
-                f"the {self._name} could not be recorded as CUDA graphs ({str(error).splitlines()[0]}): "
-                "use train.cuda_graphs=false"
+                f"the {self._name} could not be recorded as CUDA graphs "
+                f"({next(iter(str(error).splitlines()), type(error).__name__)}): use train.cuda_graphs=false"
             ) from error
         logger.info("recorded %d blocks of the %s as CUDA graphs", len(planned), self._name)
         return recording

@@ -39,12 +39,12 @@ class RunsAgain:
             with torch.set_grad_enabled(with_grad):
                 again = function()
             again = again if isinstance(again, tuple) else (again,)
-            with torch.no_grad():
-                for mine, new in zip(tensors, again, strict=True):
-                    if mine is not None:
-                        mine.copy_(new)
-                for later in (tensor for result in self.results[number + 1 :] for tensor in result):
-                    later.fill_(float("nan"))
+            # As a GPU does it: autograd does not learn of it.
+            for mine, new in zip(tensors, again, strict=True):
+                if mine is not None:
+                    mine.data.copy_(new)
+            for later in (tensor for result in self.results[number + 1 :] for tensor in result):
+                later.data.fill_(float("nan"))
 
         return result, replay
 
@@ -143,6 +143,16 @@ def test_gradients_of_an_earlier_run_are_refused():
         tokens.backward()
 
 
+def test_gradients_of_a_last_block_alone_are_refused_after_another_run():
+    """They do not pass the recorded blocks; what the last block keeps of their result was overwritten."""
+    _, model = train(resolve(*SMALL, "student.drop_path_rate=0"), make_recorder=Shelf(), steps=3)
+    weight = model.student["backbone"].blocks[-1].norm1.weight
+    first, second = (model.compute_losses(random_batch(model.cfg), 0.07) for _ in range(2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(first.total, weight)
+    assert torch.autograd.grad(second.total, weight)[0].any()
+
+
 def test_what_a_last_block_learns_from_is_not_overwritten():
     """Nobody asks recorded blocks for gradients where only the last one learns."""
     cfg = resolve(*SMALL)
@@ -186,6 +196,37 @@ def test_only_what_repeats_is_recorded():
     weight.requires_grad_(False)
     assert run(3) == [False, False, True]
     assert [functions for functions, _ in shelf.counts()] == [1, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loaded_weights_are_used(assign):
+    model, _ = small_run()
+    batch, other = random_batch(model.cfg), build(model.cfg)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    state = deepcopy(other.state_dict())
+    model.load_state_dict(state, assign=assign)
+    for copy in (other, model):
+        torch.manual_seed(0)
+        copy.student.zero_grad(set_to_none=True)
+        copy.forward_backward(batch, 0.07)
+    assert model.student["backbone"].run_blocks.is_recorded is not assign
+    for found, expected in zip(model.student.parameters(), other.student.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found.grad, expected.grad)
+
+
+def test_inference_mode_has_recordings_of_its_own():
+    model, shelf = small_run()
+    batch = model._prepare(random_batch(model.cfg))
+    of_teacher = model.teacher["backbone"].run_blocks
+    for context in (torch.inference_mode, torch.no_grad):
+        with context():
+            for _ in range(WARM_UP + 1):
+                model.teacher_logits(batch)
+        assert of_teacher.is_recorded
+    assert [functions for functions, _ in shelf.counts()] == [1, 2, 1, 1]
 
 
 def test_a_frozen_backbone_is_released():
@@ -242,6 +283,11 @@ def test_other_trouble_is_told_with_the_way_out():
     with pytest.raises(RecordingError) as caught:
         train(resolve(*SMALL), make_recorder=lambda: Fails(error), has_room=lambda: True)
     assert str(caught.value) == told
+
+
+def test_trouble_without_words_is_told_by_its_kind():
+    with pytest.raises(RecordingError, match=r"could not be recorded as CUDA graphs .RuntimeError.: use"):
+        train(resolve(*SMALL), make_recorder=lambda: Fails(RuntimeError()), has_room=lambda: True)
 
 
 def test_nothing_is_recorded_without_room():
