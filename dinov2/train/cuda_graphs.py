@@ -3,7 +3,7 @@
 A GPU computes a small batch faster than a host can ask for its kernels one by one. What is asked for does not
 change from step to step, so it is recorded once and replayed: the blocks forwards, and the same backwards.
 A recording works on memory of its own. Inputs are copied in, gradients are copied out; the result is read
-where it is, and the next replay overwrites it.
+where it is, and the next replay overwrites it. Before it is used, it is compared with what it records.
 
 Shapes: T tokens packed, D width.
 """
@@ -32,8 +32,13 @@ Planned = Sequence[tuple[Block, Sequence[Subset]]]
 
 # Before blocks are recorded: everything is compiled by then, and the steps have taken what memory they take.
 WARM_UP_STEPS = 5
-# A recording's memory is its own also while the rest of the step could use it, and pieces are left over.
-MEMORY_FACTOR = 1.4
+# A recording's memory is its own also while the rest of the step could use it, and pieces are left over; to
+# compare it takes what the blocks need once more.
+MEMORY_FACTOR = 2.4
+# Between replays and blocks, of the norm of the result and of each gradient. Products may add up in another
+# order, which in 16 bits grows over the blocks.
+LARGEST_ERROR = 0.05
+COMPARISONS = 2  # the second finds what the first has overwritten
 
 
 class RecordingError(UserError, RuntimeError):
@@ -134,6 +139,28 @@ class _Recording:
         gradients = [None if gradient is None else next(following) for gradient in self._gradients]
         return gradients if self._x.requires_grad else [None, *gradients]
 
+    def error(self, planned: Planned, x: Tensor, layout: PackedLayout) -> float:
+        """Return how far replays are from what the blocks compute, see ``LARGEST_ERROR``; may be NaN."""
+        expected = self._computed(lambda x: run_blocks(planned, x, layout), x)
+        lengths = torch.stack(torch._foreach_norm(expected)).clamp_min(torch.finfo(torch.float32).tiny)
+        errors = []
+        for _ in range(COMPARISONS):
+            found = self._computed(lambda x: self(planned, x), x)
+            distances = torch.stack(torch._foreach_norm(torch._foreach_sub(found, expected)))
+            errors.append((distances / lengths).max())
+        return torch.stack(errors).max().item()
+
+    def _computed(self, run: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+        """Return the result, and the gradients of half of its square, all float32."""
+        x = x.detach().requires_grad_(x.requires_grad)
+        result = run(x)
+        computed = [result.detach().clone()]
+        if result.requires_grad:
+            wanted = [*([x] if x.requires_grad else []), *self.parameters]
+            gradients = torch.autograd.grad(result, wanted, computed[0], allow_unused=True)
+            computed += [gradient for gradient in gradients if gradient is not None]
+        return [tensor.float() for tensor in computed]
+
 
 class _Replay(torch.autograd.Function):
     @staticmethod
@@ -159,14 +186,15 @@ class RecordedBlocks:
 
     One recording is kept: of what was asked for several times in a row. Anything else, and everything inside
     of :func:`dinov2.compiled.uncompiled`, runs as it would without; so do all blocks where there is no memory
-    for a recording, which is logged. Their modules must stay the same objects. Hooks on single blocks are not
-    called by a replay, those on chunks of blocks not at all.
+    for a recording or it computes something else, which is logged. Their modules must stay the same objects.
+    Hooks on single blocks are not called by a replay, those on chunks of blocks not at all.
 
     Args:
         name: of the network.
         warm_up: calls before the recording.
         make_recorder: makes one for each recording.
-        has_room: whether there is memory for a recording; None if that is not asked and its lack an error.
+        has_room: whether there is memory for a recording; None if that is not asked, and its lack or a
+            recording that computes something else an error.
     """
 
     def __init__(
@@ -221,7 +249,7 @@ class RecordedBlocks:
         )
 
     def _record(self, planned: Planned, x: Tensor, layout: PackedLayout) -> _Recording | None:
-        """Return a recording; None, now and later, if there is no memory.
+        """Return a recording; None, now and later, if there is no memory or it computes something else.
 
         Raises:
             RecordingError: it can not be made.
@@ -231,19 +259,31 @@ class RecordedBlocks:
             return None
         try:
             recording = _Recording(self._make_recorder(), planned, x, layout)
+            error = recording.error(planned, x, layout)
         except torch.OutOfMemoryError:
             if self._has_room is None:
                 raise
-            self._off = True
-            logger.warning("the %s is not recorded as CUDA graphs: the memory did not suffice", self._name)
-            return None
+            return self._give_up("the memory did not suffice")
         except RuntimeError as error:  # a GPU's random numbers do not come back from that
             raise RecordingError(
                 f"the {self._name} could not be recorded as CUDA graphs "
                 f"({next(iter(str(error).splitlines()), type(error).__name__)}): use train.cuda_graphs=false"
             ) from error
+        if not error <= LARGEST_ERROR:
+            if self._has_room is None:
+                raise RecordingError(
+                    f"the CUDA graphs of the {self._name} compute something else than its blocks (relative "
+                    f"error {error:.1g}): use train.cuda_graphs=false"
+                )
+            return self._give_up(
+                f"replays compute something else than its blocks (relative error {error:.1g})"
+            )
         logger.info("recorded %d blocks of the %s as CUDA graphs", len(planned), self._name)
         return recording
+
+    def _give_up(self, reason: str) -> None:
+        self._off = True
+        logger.warning("the %s is not recorded as CUDA graphs: %s", self._name, reason)
 
 
 def records(cfg: DictConfig, device: torch.device, *, compiled: bool) -> bool:

@@ -11,7 +11,7 @@ from dinov2.compiled import uncompiled
 from dinov2.errors import ConfigError
 from dinov2.train import cuda_graphs
 from dinov2.train import train as training
-from dinov2.train.cuda_graphs import RecordedBlocks, RecordingError, record_blocks, records
+from dinov2.train.cuda_graphs import COMPARISONS, RecordedBlocks, RecordingError, record_blocks, records
 from dinov2.train.optimizer import build_optimizer
 from dinov2.train.step import train_step
 from dinov2.utils.seeding import seed_everything
@@ -108,7 +108,7 @@ def assert_equal(one, other, **tolerance):
 def test_training_is_the_same(overrides):
     cfg, shelf = resolve(*SMALL, *overrides), Shelf()
     assert_equal(train(cfg, make_recorder=shelf), train(cfg))
-    replays = STEPS * cfg.optim.accumulate_steps - WARM_UP
+    replays = STEPS * cfg.optim.accumulate_steps - WARM_UP + COMPARISONS
     assert shelf.counts() == [(1, replays), (2, 2 * replays)]  # the teacher, which is first, has no gradients
 
 
@@ -170,7 +170,7 @@ def test_what_a_last_block_learns_from_is_not_overwritten():
     expected = gradient_of_the_first()
     model.student["backbone"].run_blocks = RecordedBlocks("student", 0, shelf)
     assert torch.equal(gradient_of_the_first(), expected)
-    assert shelf.counts() == [(1, 2)]
+    assert shelf.counts() == [(1, COMPARISONS + 2)]
 
 
 def test_only_what_repeats_is_recorded():
@@ -288,6 +288,43 @@ def test_other_trouble_is_told_with_the_way_out():
 def test_trouble_without_words_is_told_by_its_kind():
     with pytest.raises(RecordingError, match=r"could not be recorded as CUDA graphs .RuntimeError.: use"):
         train(resolve(*SMALL), make_recorder=lambda: Fails(RuntimeError()), has_room=lambda: True)
+
+
+class Errs(RunsAgain):
+    """Replays one of the recorded functions wrongly from some time on."""
+
+    def __init__(self, function, right):
+        super().__init__()
+        self.function, self.right = function, right
+
+    def record(self, function):
+        number = len(self.results)
+        result, replay = super().record(function)
+        if number != self.function:
+            return result, replay
+        count = iter(range(100))
+
+        def replay_wrongly():
+            replay()
+            if next(count) >= self.right:
+                self.results[number][-1].data.mul_(1.1)
+
+        return result, replay_wrongly
+
+
+@pytest.mark.parametrize("function", [0, 1], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("right", [0, 1], ids="right {} times".format)
+def test_a_recording_that_computes_something_else_is_not_used(function, right, caplog):
+    cfg = resolve(*SMALL)
+    told = "compute something else than its blocks (relative error 0.1)"
+    with caplog.at_level("WARNING", logger="dinov2"):
+        without = train(cfg, make_recorder=lambda: Errs(function, right), has_room=lambda: True)
+    assert_equal(without, train(cfg))
+    assert f"the student is not recorded as CUDA graphs: replays {told}" in caplog.text
+    assert ("the teacher is not recorded" in caplog.text) == (function == 0)  # it has no gradients
+    with pytest.raises(RecordingError) as caught:
+        train(cfg, make_recorder=lambda: Errs(function, right))
+    assert told in str(caught.value) and "use train.cuda_graphs=false" in str(caught.value)
 
 
 def test_nothing_is_recorded_without_room():
