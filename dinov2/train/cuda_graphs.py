@@ -38,7 +38,7 @@ MEMORY_FACTOR = 2.4
 # Between replays and blocks, of the norm of the result and of each gradient. Products may add up in another
 # order, which in 16 bits grows over the blocks.
 LARGEST_ERROR = 0.05
-COMPARISONS = 2  # the second finds what the first has overwritten
+COMPARISONS = 2  # the second finds what the first has spoilt
 
 
 class RecordingError(UserError, RuntimeError):
@@ -143,12 +143,10 @@ class _Recording:
         """Return how far replays are from what the blocks compute, see ``LARGEST_ERROR``; may be NaN."""
         expected = self._computed(lambda x: run_blocks(planned, x, layout), x)
         lengths = torch.stack(torch._foreach_norm(expected)).clamp_min(torch.finfo(torch.float32).tiny)
-        errors = []
-        for _ in range(COMPARISONS):
-            found = self._computed(lambda x: self(planned, x), x)
-            distances = torch.stack(torch._foreach_norm(torch._foreach_sub(found, expected)))
-            errors.append((distances / lengths).max())
-        return torch.stack(errors).max().item()
+        found = [self._computed(lambda x: self(planned, x), x) for _ in range(COMPARISONS)]
+        self.forward(x)  # must leave alone what was returned
+        distances = [torch.stack(torch._foreach_norm(torch._foreach_sub(one, expected))) for one in found]
+        return (torch.stack(distances) / lengths).max().item()
 
     def _computed(self, run: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
         """Return the result, and the gradients of half of its square, all float32."""

@@ -109,7 +109,8 @@ def test_training_is_the_same(overrides):
     cfg, shelf = resolve(*SMALL, *overrides), Shelf()
     assert_equal(train(cfg, make_recorder=shelf), train(cfg))
     replays = STEPS * cfg.optim.accumulate_steps - WARM_UP + COMPARISONS
-    assert shelf.counts() == [(1, replays), (2, 2 * replays)]  # the teacher, which is first, has no gradients
+    # The teacher, which is first, has no gradients.
+    assert shelf.counts() == [(1, replays + 1), (2, 2 * replays + 1)]
 
 
 def small_run():
@@ -170,7 +171,7 @@ def test_what_a_last_block_learns_from_is_not_overwritten():
     expected = gradient_of_the_first()
     model.student["backbone"].run_blocks = RecordedBlocks("student", 0, shelf)
     assert torch.equal(gradient_of_the_first(), expected)
-    assert shelf.counts() == [(1, COMPARISONS + 2)]
+    assert shelf.counts() == [(1, COMPARISONS + 1 + 2)]
 
 
 def test_only_what_repeats_is_recorded():
@@ -325,6 +326,20 @@ def test_a_recording_that_computes_something_else_is_not_used(function, right, c
     with pytest.raises(RecordingError) as caught:
         train(cfg, make_recorder=lambda: Errs(function, right))
     assert told in str(caught.value) and "use train.cuda_graphs=false" in str(caught.value)
+
+
+def test_gradients_that_the_next_replay_spoils_are_noticed(monkeypatch):
+    """As they would be added up over micro-batches."""
+
+    def without_copies(recording, gradient):
+        recording._gradient.copy_(gradient)
+        recording._replay_back()
+        recording.replays += 1
+        return list(recording._gradients)
+
+    monkeypatch.setattr(cuda_graphs._Recording, "backward", without_copies)
+    with pytest.raises(RecordingError, match="of the student compute something else"):
+        train(resolve(*SMALL), make_recorder=Shelf())
 
 
 def test_nothing_is_recorded_without_room():
