@@ -149,13 +149,14 @@ class _Recording:
         return (torch.stack(distances) / lengths).max().item()
 
     def _computed(self, run: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
-        """Return the result, and the gradients of half of its square, all float32."""
+        """Return the result and, of its norm, all gradients, float32."""
         x = x.detach().requires_grad_(x.requires_grad)
         result = run(x)
         computed = [result.detach().clone()]
         if result.requires_grad:
             wanted = [*([x] if x.requires_grad else []), *self.parameters]
-            gradients = torch.autograd.grad(result, wanted, computed[0], allow_unused=True)
+            direction = computed[0] / torch.linalg.vector_norm(computed[0], dtype=torch.float32)
+            gradients = torch.autograd.grad(result, wanted, direction.to(result.dtype), allow_unused=True)
             computed += [gradient for gradient in gradients if gradient is not None]
         return [tensor.float() for tensor in computed]
 
