@@ -177,8 +177,9 @@ class _WatchedIterator:
     def __init__(self, batches: Any) -> None:
         self._batches = batches
         self._workers = _Workers(batches)
-        if hasattr(batches, "_workers_done_event"):
-            batches._workers_done_event = _DoneEvent(batches._workers_done_event)
+        event = getattr(batches, "_workers_done_event", None)
+        if event is not None and not isinstance(event, _DoneEvent):  # workers that stay have had theirs
+            batches._workers_done_event = _DoneEvent(event)
 
     def __iter__(self) -> "_WatchedIterator":
         return self

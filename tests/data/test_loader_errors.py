@@ -78,6 +78,7 @@ def is_gone(pid):
     return False
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_healthy_loader_gives_what_pytorch_gives(workers):
     batches = iter(loader(workers=workers))
@@ -85,6 +86,8 @@ def test_a_healthy_loader_gives_what_pytorch_gives(workers):
     assert torch.cat(list(batches)).tolist() == list(range(64))
     twice = loader(workers=workers)
     assert [len(list(twice)) for _ in range(2)] == [16, 16]
+    del twice
+    gc.collect()  # which tells workers that stayed for both passes
 
 
 @pytest.mark.parametrize(

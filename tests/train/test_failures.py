@@ -376,6 +376,7 @@ def test_a_store_that_does_not_answer_is_not_waited_for():
         patience.call(store.set, "key", "value")
         assert patience.call(store.multi_get, ["key"]) == [b"value"]
         server.send_signal(signal.SIGSTOP)
+        os.waitpid(server.pid, os.WUNTRACED)  # until it has stopped: before that it may answer
         with pytest.raises((TimeoutError, RuntimeError)):
             patience.call(store.multi_get, ["key"])
         with pytest.raises((TimeoutError, RuntimeError)):
