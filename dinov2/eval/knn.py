@@ -45,7 +45,7 @@ from dinov2.eval.knn_protocols import METRICS, PROTOCOLS, VOTES, KnnProtocol, kn
 from dinov2.eval.metrics import AccuracyAveraging, MetricType, build_topk_accuracy_metric
 from dinov2.eval.neighbors import count_classes, knn_predict
 from dinov2.eval.predictions import PredictionCollector
-from dinov2.eval.results import ResultTable, append_lines, percent, to_json
+from dinov2.eval.results import ResultTable, append_lines, percent
 from dinov2.eval.robustness import eval_robustness_with_model
 from dinov2.eval.scores import DRAWS, Predictions, score
 from dinov2.eval.setup import setup_and_build_model
@@ -55,6 +55,7 @@ from dinov2.eval.utils import (
     evaluate,
     extract_features,
 )
+from dinov2.utils.strict_json import to_json
 
 __all__ = [
     "DictKeysModule",

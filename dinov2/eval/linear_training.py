@@ -15,10 +15,11 @@ from dinov2.eval.linear_checkpoint import RUNNING_NAME, LinearCheckpointer
 from dinov2.eval.linear_classifiers import LinearPostprocessor, unwrapped
 from dinov2.eval.metrics import MetricCollection, MetricType, build_metric
 from dinov2.eval.predictions import PredictionCollector
-from dinov2.eval.results import append_lines, to_json
+from dinov2.eval.results import append_lines
 from dinov2.eval.scores import Predictions
 from dinov2.eval.utils import device_of, evaluate
 from dinov2.logging import MetricLogger
+from dinov2.utils.strict_json import to_json
 
 logger = logging.getLogger("dinov2")
 

@@ -14,8 +14,8 @@ from dinov2 import cli
 from dinov2.errors import DatasetError
 from dinov2.eval.cli import check_draws
 from dinov2.eval.predictions import read_predictions
-from dinov2.eval.results import to_json
 from dinov2.eval.scores import DRAWS, paired_bootstrap
+from dinov2.utils.strict_json import to_json
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -1,6 +1,5 @@
 """Files that hold the results of an evaluation; docs/evaluation.md describes their contents."""
 
-import json
 import logging
 import math
 import re
@@ -27,6 +26,7 @@ from dinov2.eval.scores import (
     per_class_scores,
     score,
 )
+from dinov2.utils.strict_json import to_json
 
 logger = logging.getLogger("dinov2")
 
@@ -164,11 +164,6 @@ def percent(accuracy: Tensor) -> float | list[float]:
     return (100.0 * accuracy.double()).tolist()
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
-    """Return ``value`` as JSON; what is not a number (the recall of a class without samples) is null."""
-    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
-
-
 def append_lines(path: str | Path, lines: list[str]) -> None:
     """Append lines to a result file; only the main process writes."""
     if not distributed.is_main_process():
@@ -196,14 +191,6 @@ def write_summary(output_dir: str, evaluation: str, summary: Mapping[str, Any]) 
     except OSError as error:
         raise _unwritable(path, error) from error
     logger.info("results are in %s", path)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _unwritable(path: str | Path, error: OSError) -> OutputError:

@@ -37,7 +37,7 @@ WARM_UP_STEPS = 5
 MEMORY_FACTOR = 2.4
 # Between replays and blocks, of the norm of the result and of each gradient. Products may add up in another
 # order, which in 16 bits grows over the blocks.
-LARGEST_ERROR = 0.05
+LARGEST_DISTANCE = 0.05
 COMPARISONS = 2  # the second finds what the first has spoilt
 
 
@@ -139,8 +139,8 @@ class _Recording:
         gradients = [None if gradient is None else next(following) for gradient in self._gradients]
         return gradients if self._x.requires_grad else [None, *gradients]
 
-    def error(self, planned: Planned, x: Tensor, layout: PackedLayout) -> float:
-        """Return how far replays are from what the blocks compute, see ``LARGEST_ERROR``; may be NaN."""
+    def distance(self, planned: Planned, x: Tensor, layout: PackedLayout) -> float:
+        """Return how far replays are from what the blocks compute, see ``LARGEST_DISTANCE``; may be NaN."""
         expected = self._computed(lambda x: run_blocks(planned, x, layout), x)
         lengths = torch.stack(torch._foreach_norm(expected)).clamp_min(torch.finfo(torch.float32).tiny)
         found = [self._computed(lambda x: self(planned, x), x) for _ in range(COMPARISONS)]
@@ -258,7 +258,7 @@ class RecordedBlocks:
             return None
         try:
             recording = _Recording(self._make_recorder(), planned, x, layout)
-            error = recording.error(planned, x, layout)
+            distance = recording.distance(planned, x, layout)
         except torch.OutOfMemoryError:
             if self._has_room is None:
                 raise
@@ -268,14 +268,14 @@ class RecordedBlocks:
                 f"the {self._name} could not be recorded as CUDA graphs "
                 f"({next(iter(str(error).splitlines()), type(error).__name__)}): use train.cuda_graphs=false"
             ) from error
-        if not error <= LARGEST_ERROR:
+        if not distance <= LARGEST_DISTANCE:
             if self._has_room is None:
                 raise RecordingError(
                     f"the CUDA graphs of the {self._name} compute something else than its blocks (relative "
-                    f"error {error:.1g}): use train.cuda_graphs=false"
+                    f"error {distance:.1g}): use train.cuda_graphs=false"
                 )
             return self._give_up(
-                f"replays compute something else than its blocks (relative error {error:.1g})"
+                f"replays compute something else than its blocks (relative error {distance:.1g})"
             )
         logger.info("recorded %d blocks of the %s as CUDA graphs", len(planned), self._name)
         return recording

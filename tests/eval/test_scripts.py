@@ -12,7 +12,7 @@ from dinov2.errors import OutputError
 from dinov2.eval import knn, linear, log_regression
 from dinov2.eval.knn import KnnModule
 from dinov2.eval.linear_classifiers import unwrapped
-from dinov2.eval.results import append_lines, to_json, write_summary
+from dinov2.eval.results import append_lines, write_summary
 from tests.conftest import load_golden_tensors
 from tests.distributed.launch import run_in_processes
 from tests.eval.conftest import run_script
@@ -167,10 +167,3 @@ def test_result_files_that_cannot_be_written(tmp_path):
         append_lines(tmp_path / "none" / "results.json", ["{}"])
     with pytest.raises(OutputError, match="result file .* cannot be written"):
         write_summary(str(tmp_path / "none"), "knn", {})
-
-
-def test_json_has_no_nan():
-    assert (
-        to_json({"a": [1.0, float("nan")], "b": {"c": float("inf")}})
-        == '{"a": [1.0, null], "b": {"c": null}}'
-    )

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from dinov2.errors import OutputError
-from dinov2.eval.results import to_json
+from dinov2.utils.strict_json import to_json
 
 CAPTIONS = "captions.json"
 

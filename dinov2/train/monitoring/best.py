@@ -17,10 +17,10 @@ from pathlib import Path
 
 from dinov2 import distributed
 from dinov2.errors import OutputError
-from dinov2.eval.results import to_json
 from dinov2.fsdp.files import write_atomically
 from dinov2.train.monitoring.records import Record
 from dinov2.train.monitoring.selection import Choice, name_of
+from dinov2.utils.strict_json import to_json
 
 logger = logging.getLogger("dinov2")
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dinov2.errors import OutputError
-from dinov2.eval.results import to_json
 from dinov2.logging.helpers import append_line
+from dinov2.utils.strict_json import to_json
 
 RECORDS_FILE = "evaluation_metrics.json"
 START_FILE = "evaluation_start.npz"  # the teacher's features of the monitored images at iteration 0

@@ -30,7 +30,7 @@ from dinov2.data.slides.slide_list import SlideEntry, list_slides
 from dinov2.data.slides.tiling import source_changes, wanted_record
 from dinov2.errors import OutputError, UserError, counted
 from dinov2.eval.feature_store import on_main_process
-from dinov2.eval.results import SEED, to_json
+from dinov2.eval.results import SEED
 from dinov2.eval.scores import DRAWS, Predictions, bootstrap, interval, score
 from dinov2.eval.slides.cohort import (
     Cohort,
@@ -48,6 +48,7 @@ from dinov2.eval.slides.folds import Fold, check_made, make_folds
 from dinov2.eval.slides.in_memory import out_of_fold_scores
 from dinov2.eval.slides.scouting import Scouted, ScoutingOrder, scout_ahead
 from dinov2.fsdp.files import UNREADABLE, write_atomically
+from dinov2.utils.strict_json import to_json
 
 logger = logging.getLogger("dinov2")
 

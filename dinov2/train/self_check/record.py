@@ -1,8 +1,6 @@
 """The record of a self-check: its lines, how they are shown and stored, and what follows from them."""
 
-import json
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any, Literal
 
 from dinov2.errors import UserError
 from dinov2.fsdp.files import write_atomically
+from dinov2.utils.strict_json import to_json
 
 logger = logging.getLogger("dinov2")
 
@@ -60,7 +59,7 @@ class SelfCheck:
             **{status: len(self.of(status)) for status in SEVERITY},
             "lines": [asdict(line) for line in self.lines],
         }
-        return json.dumps(_plain(content), indent=1, allow_nan=False)
+        return to_json(content, indent=1, not_finite=str)
 
     def write(self, output_dir: str) -> None:
         """Write ``self_check.json``, whole or not at all."""
@@ -97,13 +96,3 @@ def enforce(check: SelfCheck, self_check: str) -> None:
         )
     for line in check.wrong:
         logger.warning("self-check: %s: %s", line.name, line.text)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
