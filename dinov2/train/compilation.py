@@ -3,35 +3,76 @@
 import logging
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dinov2.errors import ConfigError
+from dinov2.compiled import compiled
+from dinov2.errors import ConfigError, UserError
 from dinov2.layers.block import Block
 
 logger = logging.getLogger("dinov2")
 
 
+class CompilationError(UserError, RuntimeError):
+    """What a run was to compile can not be compiled."""
+
+
 def wants_compiling(setting: bool | None, device: torch.device) -> bool:
     """Return whether a run on ``device`` compiles: what ``train.compile`` says, by default a GPU's does.
 
-    A run that did not ask for it goes on without where compiling fails, which PyTorch then logs.
+    The compiler is tried on a small function. A run that did not ask for it goes on without where that fails,
+    and, where single functions fail later, without these, see :class:`WatchedCompiler`.
+
+    Raises:
+        ConfigError: the run asks for a compiler that does not work.
     """
-    if setting is not None:
-        return setting
-    if device.type != "cuda":
+    if setting is False or (setting is None and device.type != "cuda"):
         return False
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler or find_spec("triton") is None:
+    obstacle = _missing(device) or _failure(device)
+    if setting and obstacle:
+        raise ConfigError(f"train.compile is true, but the compiler does not work: {obstacle}; leave it out")
+    if obstacle:
         logger.warning(
-            "this run is not compiled, which makes its steps about half as fast on a GPU: %s",
-            "Triton is not installed" if compiler else "there is no C compiler (install gcc, or set CC)",
+            "this run is not compiled, which makes its steps about half as fast on a GPU: %s", obstacle
         )
         return False
-    torch._dynamo.config.suppress_errors = True
+    if setting is None:
+        torch._dynamo.config.suppress_errors = True
     return True
+
+
+def _missing(device: torch.device) -> str:
+    """Return what a GPU's compiler needs and does not have; empty for a CPU's, which knows itself."""
+    if device.type != "cuda":
+        return ""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    tools = ("cc", "gcc", "clang")
+    if not os.environ.get("CC") and not any(map(shutil.which, tools)):
+        return "there is no C compiler (install gcc, or set CC)"
+    return ""
+
+
+@cache
+def _failure(device: torch.device) -> str:
+    """Return why a small function and its gradient can not be compiled for ``device``; empty if they can."""
+    x = torch.ones(8, 8, device=device, requires_grad=True)
+    try:
+        with torch.enable_grad():
+            compiled(_small)(x).sum().backward()
+    except Exception as error:  # compilers and the tools they start raise anything
+        return _reason(error)
+    return ""
+
+
+def _small(x: Tensor) -> Tensor:
+    return nn.functional.gelu(x)
 
 
 def compile_blocks(*backbones: nn.Module, required: bool) -> None:
@@ -59,3 +100,55 @@ def compile_blocks(*backbones: nn.Module, required: bool) -> None:
             block.compiled = block.recompute != "selective"
             count += block.compiled
     logger.info("compiled are the losses and %d blocks: the first steps take longer", count)
+
+
+class WatchedCompiler:
+    """Says what became of compiling, which happens when compiled code first meets new shapes."""
+
+    def __init__(self) -> None:
+        self._left_out = _left_out()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Turn what the compiler raises inside of the ``with`` into one sentence.
+
+        Functions that it leaves as they are, where the run did not ask to compile, are logged.
+
+        Raises:
+            CompilationError: the run did ask, or gradients can not be compiled.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_compiler(error):
+                raise
+            raise CompilationError(
+                f"blocks or losses can not be compiled ({_reason(error)}): mend that, or go on without "
+                "(train.compile=false)"
+            ) from error
+        left_out = _left_out()
+        if left_out > self._left_out:
+            self._left_out = left_out
+            logger.warning(
+                "%d functions of blocks or losses run without being compiled, which is slower: PyTorch's "
+                "warning above says why, and train.compile=true makes it an error",
+                left_out,
+            )
+
+
+def _is_of_compiler(error: RuntimeError) -> bool:
+    # To import it takes more than a second, and without it there is none of its errors.
+    compiler = sys.modules.get("torch._dynamo.exc")
+    return compiler is not None and isinstance(error, compiler.TorchDynamoException)
+
+
+def _left_out() -> int:
+    compiler = sys.modules.get("torch._dynamo.utils")
+    frames = compiler.counters["frames"] if compiler is not None else {}
+    return frames.get("total", 0) - frames.get("ok", 0)
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what went wrong, which the compiler's stages wrap one after the other."""
+    cause = getattr(error, "inner_exception", error)
+    return next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)

@@ -20,6 +20,7 @@ from dinov2.errors import CollapsedError, Interrupted, WeightsError
 from dinov2.logging import MetricLogger, SmoothedValue
 from dinov2.train.bad_steps import BadSteps
 from dinov2.train.batches import MicroBatches, StepBatches
+from dinov2.train.compilation import WatchedCompiler
 from dinov2.train.diagnosis import diagnose
 from dinov2.train.freezing import BackboneStart
 from dinov2.train.input import build_data_loader, in_steps, own_streams, step_samples, stream_count
@@ -85,6 +86,7 @@ class TrainingLoop:
         self.images_per_iteration = images_per_iteration(cfg, distributed.get_global_size())
         self.schedules = build_schedulers(cfg)
         self.backbone_start = BackboneStart(cfg, model.student["backbone"])
+        self.compiler = WatchedCompiler()
         self.unreadable = UnreadableImages(cfg.train.output_dir, cfg.train.max_bad_fraction)
         earlier = metrics.meters.get(SKIPPED)  # of the run that is continued
         self.bad = BadSteps(cfg.train.max_bad_steps, int(earlier.total) if earlier else 0)
@@ -156,16 +158,17 @@ class TrainingLoop:
         order = place.order
         for iteration, micro_batches in enumerate(batches, start=place.iteration):
             values = self.backbone_start.enter(iteration, self.schedules.at(iteration))
-            result = train_step(
-                self.model,
-                self.optimizer,
-                micro_batches,
-                values,
-                self.cfg.optim.clip_grad,
-                seed=partial(self._seed, iteration),
-                stop_requested=self.stop.requested,
-                meanwhile=partial(self._prepare_next, steps, iteration),
-            )
+            with self.compiler.watched():
+                result = train_step(
+                    self.model,
+                    self.optimizer,
+                    micro_batches,
+                    values,
+                    self.cfg.optim.clip_grad,
+                    seed=partial(self._seed, iteration),
+                    stop_requested=self.stop.requested,
+                    meanwhile=partial(self._prepare_next, steps, iteration),
+                )
             drawn = order
             order = order.advanced(stream_count(self.cfg), self.cfg.train.batch_size_per_gpu)
             self.bad.update(iteration, result.problem)

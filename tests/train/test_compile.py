@@ -1,18 +1,22 @@
 """Compiled blocks and losses: the same numbers as without, in one piece, and only where a run wants it."""
 
 import logging
+import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._inductor.exc import InductorError
 
 from dinov2 import compiled as compiled_module
 from dinov2.errors import ConfigError
 from dinov2.layers.block import Block
 from dinov2.train import compilation
-from dinov2.train.compilation import compile_blocks, wants_compiling
+from dinov2.train.compilation import CompilationError, WatchedCompiler, compile_blocks, wants_compiling
 from dinov2.train.diagnosis import diagnose
 from tests.train.planning.steps import SMALL, build, random_batch, resolve
 
@@ -78,6 +82,7 @@ def test_graphs_are_whole_and_change_nothing(overrides, monkeypatch):
     whole = partial(compiled_module.compiled, fullgraph=True, backend="aot_eager")
     for user in ("layers.block", "loss.prototypes", "loss.targets"):
         monkeypatch.setattr(f"dinov2.{user}.compiled", whole)
+    monkeypatch.setattr(compilation, "_failure", lambda device: "")
     assert_equal_gradients(*overrides)
     assert counters["stats"]["unique_graphs"] >= 4
     assert not counters["graph_break"]
@@ -125,16 +130,104 @@ def test_compiled_code_of_a_gpu_computes_the_same(rate, number_format, rel):
     assert counters["stats"]["unique_graphs"] >= 4
 
 
-def test_a_gpu_compiles_unless_told_otherwise(monkeypatch, caplog):
+@pytest.fixture
+def works(monkeypatch):
+    """A GPU with all that its compiler needs."""
+    monkeypatch.setenv("CC", "gcc")
     monkeypatch.setattr(compilation, "find_spec", lambda name: name)
+    monkeypatch.setattr(compilation, "_failure", lambda device: "")
+    return monkeypatch
+
+
+def test_a_gpu_compiles_unless_told_otherwise(works):
     assert wants_compiling(None, GPU) and torch._dynamo.config.suppress_errors
     assert not wants_compiling(False, GPU)
-    assert not wants_compiling(None, CPU) and wants_compiling(True, CPU)
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+    assert not wants_compiling(None, CPU)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_who_asks_for_compiling_wants_to_know_of_failures(device, works):
+    assert wants_compiling(True, device) and not torch._dynamo.config.suppress_errors
+
+
+@pytest.mark.parametrize("setting", [None, True])
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("find_spec", lambda name: None, "Triton is not installed"),
+        (
+            "shutil",
+            SimpleNamespace(which=lambda name: None),
+            "there is no C compiler (install gcc, or set CC)",
+        ),
+        ("_failure", lambda device: "Python.h is missing", "Python.h is missing"),
+    ],
+)
+def test_a_gpu_without_a_working_compiler(setting, name, value, told, works, caplog):
+    works.delenv("CC")
+    works.setattr(compilation, name, value)
+    if setting:
+        with pytest.raises(ConfigError, match="train.compile is true, but .* not work: " + re.escape(told)):
+            wants_compiling(setting, GPU)
+        return
     with caplog.at_level(logging.WARNING, logger="dinov2"):
-        assert not wants_compiling(None, GPU)
-    assert "there is no C compiler (install gcc, or set CC)" in caplog.text
+        assert not wants_compiling(setting, GPU)
+    assert f"not compiled, which makes its steps about half as fast on a GPU: {told}" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_compiler_is_tried():
+    for fine in (True, False):
+        compilation._failure.cache_clear()
+        torch._dynamo.reset()
+        broken = {"cpp.cxx": (None, "/nowhere/c++"), "force_disable_caches": True}
+        with torch._inductor.config.patch({} if fine else broken):
+            assert ("" if fine else "No working C++ compiler") in compilation._failure(CPU)
+            assert bool(compilation._failure(CPU)) is not fine
+    compilation._failure.cache_clear()
+
+
+def refuse(module, inputs):
+    """Fails as Inductor does, which compiles backwards only when gradients are asked for."""
+    raise InductorError(ValueError("no code for this\nat all"), None)
+
+
+def run_with(backend, monkeypatch):
+    """One forward and backward pass of blocks that ``backend`` compiles."""
+    monkeypatch.setattr("dinov2.layers.block.compiled", partial(compiled_module.compiled, backend=backend))
+    model = build(resolve(*SMALL, number_format="fp32"))
+    compile_blocks(model.student["backbone"], model.teacher["backbone"], required=True)
+    watch = WatchedCompiler()
+    for _ in range(2):
+        with watch.watched():
+            losses = model.compute_losses(random_batch(model.cfg, torch.float32), 0.07)
+            losses.total.backward()
+    return losses
+
+
+@pytest.mark.parametrize("stage", ["forward", "backward"])
+def test_a_compiler_that_fails_is_one_sentence(stage, monkeypatch):
+    only_forward = aot_autograd(fw_compiler=lambda module, inputs: module.forward, bw_compiler=refuse)
+    with pytest.raises(CompilationError, match="compiled .no code for this.*train.compile=false") as caught:
+        run_with(refuse if stage == "forward" else only_forward, monkeypatch)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_did_not_ask_goes_on_without_what_fails_and_says_so_once(monkeypatch, caplog):
+    with torch._dynamo.config.patch(suppress_errors=True), caplog.at_level("WARNING", logger="dinov2"):
+        losses = run_with(refuse, monkeypatch)
+    assert torch.isfinite(losses.total)
+    said = [text for text in caplog.messages if "without being compiled" in text]
+    assert len(said) == 1 and int(said[0].split()[0]) >= 1
+
+
+def test_other_errors_of_a_step_stay_what_they_are(caplog):
+    with pytest.raises(RuntimeError, match="shapes") as caught, WatchedCompiler().watched():
+        raise RuntimeError("shapes do not fit")
+    assert caught.type is RuntimeError
+    with WatchedCompiler().watched():
+        pass
+    assert not caplog.messages
 
 
 def test_a_backbone_without_blocks_is_compiled_only_if_nobody_asked():
