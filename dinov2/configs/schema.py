@@ -211,7 +211,8 @@ class Train:
     compile: bool | None = setting(
         None,
         "Run transformer blocks and losses through torch.compile: equal but for rounding, nearly twice as "
-        "fast on a GPU, and up to a minute more until the first steps are done; null: on a GPU whose compiler works",
+        "fast on a GPU, and up to a minute more until the first steps are done; null: on a GPU whose "
+        "compiler works",
     )
     cuda_graphs: bool | None = setting(
         None,
