@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from dinov2.errors import ConfigError
 from dinov2.layers.backend import XFORMERS_AVAILABLE, XFORMERS_ENABLED, attend
+from dinov2.layers.layer_scale import scaled_linear
 from dinov2.layers.packing import PackedLayout
 
 __all__ = ["XFORMERS_AVAILABLE", "XFORMERS_ENABLED", "Attention", "MemEffAttention"]
@@ -66,6 +67,7 @@ class Attention(nn.Module):
         *,
         attn_bias: PackedLayout | None = None,
         rows: Tensor | None = None,
+        scale: nn.Module | None = None,
     ) -> Tensor:
         """Mix tokens within each sequence.
 
@@ -74,6 +76,7 @@ class Attention(nn.Module):
             is_causal: let each token see only itself and earlier ones.
             attn_bias: layout of a packed ``x``; sequences never see each other.
             rows: positions ``[k]`` of a packed ``x`` whose results are wanted; by default all.
+            scale: LayerScale of the result.
 
         Returns:
             Same shape as ``x``, or ``[1, k, D]``.
@@ -85,7 +88,7 @@ class Attention(nn.Module):
             mixed = attn_bias.pack([self._mix(part, is_causal) for part in attn_bias.split(qkv)])
         if rows is not None:
             mixed = mixed.index_select(1, rows)
-        return self.proj_drop(self.proj(mixed))
+        return self.proj_drop(scaled_linear(self.proj, scale, mixed))
 
     def _mix(self, qkv: Tensor, is_causal: bool) -> Tensor:
         heads = qkv.unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, E]
@@ -99,7 +102,12 @@ class MemEffAttention(Attention):
     """The attention of the released models; differs from :class:`Attention` in its call only."""
 
     def forward(
-        self, x: Tensor, attn_bias: PackedLayout | None = None, *, rows: Tensor | None = None
+        self,
+        x: Tensor,
+        attn_bias: PackedLayout | None = None,
+        *,
+        rows: Tensor | None = None,
+        scale: nn.Module | None = None,
     ) -> Tensor:
         """See :meth:`Attention.forward`."""
-        return super().forward(x, attn_bias=attn_bias, rows=rows)
+        return super().forward(x, attn_bias=attn_bias, rows=rows, scale=scale)

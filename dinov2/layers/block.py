@@ -7,12 +7,13 @@ Shapes: b sequences of n tokens, s of them kept, T tokens packed, D width.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dinov2.compiled import compiled
-from dinov2.layers.attention import Attention
+from dinov2.layers.attention import Attention, MemEffAttention
 from dinov2.layers.backend import XFORMERS_AVAILABLE, XFORMERS_ENABLED
 from dinov2.layers.drop_path import DropPath
 from dinov2.layers.layer_scale import LayerScale
@@ -20,6 +21,7 @@ from dinov2.layers.mlp import Mlp
 from dinov2.layers.packing import PackedLayout
 from dinov2.layers.recompute import run
 from dinov2.layers.stochastic_depth import Subset, draw_subsets, kept_sequences
+from dinov2.layers.swiglu_ffn import SwiGLUFFN, SwiGLUFFNAligned, SwiGLUFFNFused
 
 __all__ = [
     "XFORMERS_AVAILABLE",
@@ -37,6 +39,9 @@ __all__ = [
 
 # Below this rate a subset saves less than its gather and scatter cost; such blocks mask samples instead.
 SUBSET_MIN_RATE = 0.1
+
+# What can have LayerScale done by its last layer. A class derived from one may have another forward.
+TAKE_SCALE = Attention, MemEffAttention, Mlp, SwiGLUFFN, SwiGLUFFNFused, SwiGLUFFNAligned
 
 attn_bias_cache: dict[tuple[tuple[int, int], ...], PackedLayout] = {}
 
@@ -99,12 +104,12 @@ class Block(nn.Module):
         self, x: Tensor, attn_bias: PackedLayout | None = None, rows: Tensor | None = None
     ) -> Tensor:
         """First residual branch, on ``[b, n, D]`` or packed ``[1, T, D]`` with its layout and wanted rows."""
-        x = self.norm1(x)
-        return self.ls1(self.attn(x) if attn_bias is None else self.attn(x, attn_bias=attn_bias, rows=rows))
+        packed = {} if attn_bias is None else {"attn_bias": attn_bias, "rows": rows}
+        return _scaled(self.attn, self.ls1, self.norm1(x), **packed)
 
     def ffn_branch(self, x: Tensor, attn_bias: PackedLayout | None = None) -> Tensor:
         """Second residual branch; token by token, so it needs no layout."""
-        return self.ls2(self.mlp(self.norm2(x)))
+        return _scaled(self.mlp, self.ls2, self.norm2(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``[b, n, D]``."""
@@ -255,6 +260,15 @@ class CausalAttentionBlock(nn.Module):
         """Transform ``[b, n, D]``."""
         x = x + self.ls1(self.attention(self.attention_norm(x), self.is_causal))
         return x + self.ls2(self.feed_forward(self.ffn_norm(x)))
+
+
+def _scaled(branch: nn.Module, scale: nn.Module, x: Tensor, **options: Any) -> Tensor:
+    """Return ``scale(branch(x))``, by the branch itself if it can."""
+    if isinstance(scale, nn.Identity):
+        return branch(x, **options)
+    if type(branch) in TAKE_SCALE:
+        return branch(x, scale=scale, **options)
+    return scale(branch(x, **options))
 
 
 def _layer_scale(dim: int, init_values: float | Tensor | None) -> nn.Module:

@@ -1,6 +1,7 @@
 """Learned gain per channel on a residual branch (Touvron et al. 2021, CaiT, section 2)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -39,3 +40,41 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mul_(self.gamma) if self.inplace else x * self.gamma
+
+
+def scaled_linear(layer: nn.Module, scale: nn.Module | None, x: Tensor) -> Tensor:
+    """Return ``scale(layer(x))``.
+
+    Where gains learn, they are multiplied into the weights: ``x (gamma W)^T + gamma b``. Their gradient then
+    comes from that of the weights, and the layer's result, which has as many rows as ``x``, neither has to be
+    kept for it nor is read again. Not so with hooks on either module, which would not be called, and not in
+    float16, which has no room for young gains times weights or gradients.
+
+    Args:
+        layer: ends a residual branch, ``[..., C]`` to ``[..., D]``.
+        scale: the branch's :class:`LayerScale`; None for none.
+        x: ``[..., C]``.
+    """
+    if scale is None:
+        return layer(x)
+    if not _folds(layer, scale, x):
+        return scale(layer(x))
+    gains = scale.gamma
+    bias = None if layer.bias is None else layer.bias * gains
+    return F.linear(x, layer.weight * gains[:, None], bias)
+
+
+def _folds(layer: nn.Module, scale: nn.Module, x: Tensor) -> bool:
+    if type(layer) is not nn.Linear or type(scale) is not LayerScale or _is_watched(layer, scale):
+        return False
+    if not torch.is_grad_enabled() or not scale.gamma.requires_grad:
+        return False
+    kind = x.device.type
+    product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.weight.dtype
+    return product != torch.float16
+
+
+def _is_watched(*modules: nn.Module) -> bool:
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in modules
+    )

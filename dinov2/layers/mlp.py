@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from dinov2.layers.layer_scale import scaled_linear
+
 
 class Mlp(nn.Module):
     """Two linear layers with an activation between them; dropout follows the activation and the output.
@@ -33,6 +35,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, out_features or in_features, bias=bias)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
+        """Transform ``x``; ``scale`` is the LayerScale of the result."""
         hidden = self.drop(self.act(self.fc1(x)))
-        return self.drop(self.fc2(hidden))
+        return self.drop(scaled_linear(self.fc2, scale, hidden))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.layers.backend import XFORMERS_AVAILABLE, XFORMERS_ENABLED
+from dinov2.layers.layer_scale import scaled_linear
 
 __all__ = ["XFORMERS_AVAILABLE", "XFORMERS_ENABLED", "SwiGLUFFN", "SwiGLUFFNAligned", "SwiGLUFFNFused"]
 
@@ -44,9 +45,10 @@ class SwiGLUFFN(nn.Module):
         self.w3 = nn.Linear(hidden, out_features or in_features, bias=bias)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
+        """Transform ``x``; ``scale`` is the LayerScale of the result."""
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.drop(self.w3(self.drop(F.silu(gate) * value)))
+        return self.drop(scaled_linear(self.w3, scale, self.drop(F.silu(gate) * value)))
 
 
 class SwiGLUFFNFused(SwiGLUFFN):
@@ -92,5 +94,7 @@ class SwiGLUFFNAligned(nn.Module):
         self.w3 = nn.Linear(hidden, out_features or in_features, bias=bias, device=device)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.w3(self.drop(F.silu(self.w1(x)) * self.w2(x))))
+    def forward(self, x: Tensor, scale: nn.Module | None = None) -> Tensor:
+        """Transform ``x``; ``scale`` is the LayerScale of the result."""
+        hidden = self.drop(F.silu(self.w1(x)) * self.w2(x))
+        return self.drop(scaled_linear(self.w3, scale, hidden))

@@ -4,8 +4,9 @@
     monkeypatch.setattr("dinov2.loss.targets.compiled", counter.compiled)
 
 Counted is what each call's kernels read and write at least, as Inductor counts it: every tensor once a
-kernel, whatever a cache may hold. The kernels are those for the device of the arguments; those for a CPU are
-fused a little less than those for a GPU. Nothing is computed: results are memory that nobody has written.
+kernel, whatever a cache may hold. Products and attention, which are others' kernels, are not counted. The
+kernels are those for the device of the arguments; those for a CPU are fused a little less than those for a
+GPU. Nothing is computed: results are memory that nobody has written.
 """
 
 import logging
@@ -41,20 +42,29 @@ class CompiledBytes:
 
     def _kernels(self, graph: GraphModule, inputs: Sequence[Any], **options: Any) -> Callable:
         (results,) = graph.graph.find_nodes(op="output")[0].args
-        values = [node.meta["val"] for node in results]
-        level, before = inductor_metrics_log.level, metrics.num_bytes_accessed
+        values = [None if node is None else node.meta["val"] for node in results]
+        level = inductor_metrics_log.level
+        metrics.nodes_num_elem.clear()
         inductor_metrics_log.setLevel(logging.INFO)  # else nothing is counted
         try:
             with torch._inductor.config.patch(fx_graph_cache=False):
                 compile_fx_inner(graph, inputs, **options)
         finally:
             inductor_metrics_log.setLevel(level)
-        moved = metrics.num_bytes_accessed - before
+        # In units of four bytes, whatever is moved.
+        moved = sum(4 * number for node, number in metrics.nodes_num_elem if not node.is_extern())
+        metrics.nodes_num_elem.clear()
 
-        def run(arguments: list[Any]) -> list[Tensor]:
+        def run(arguments: list[Any]) -> list[Any]:
             self.bytes += moved
             arguments.clear()
-            return [torch.empty(value.shape, dtype=value.dtype, device=value.device) for value in values]
+            return [_like(value) for value in values]
 
         run._boxed_call = True
         return run
+
+
+def _like(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty(value.shape, dtype=value.dtype, device=value.device)

@@ -148,4 +148,5 @@ def test_selective_does_not_compute_products_and_attention_again():
             loss.backward()
         flops[mode] = counter.get_total_flops()
     assert flops["selective"] == flops["none"]
-    assert 1.4 * flops["none"] < flops["full"] < 1.6 * flops["none"]
+    # Half as much again, but for the last product of a block, whose result nothing needs.
+    assert 1.2 * flops["none"] < flops["full"] < 1.4 * flops["none"]

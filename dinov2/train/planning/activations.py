@@ -12,18 +12,18 @@ One residual branch keeps, per token it computes:
   result once more, packed for the projection: ``c d``;
 - feed-forward: MLP ``2 c h`` (before and after the GELU); SwiGLU ``4 c h`` (two halves, the gate's SiLU, the
   product);
-- LayerScale: what it multiplies, ``c d``;
+- LayerScale: nothing, as its gains are multiplied into the weights of the layer before it. These are a copy,
+  ``c (d d + d h)`` a block, where the product needs none in any case. In float16 what it multiplies, ``c d``;
 - stochastic depth: the positions of the tokens, ``8``; and for every token, computed or not, its place,
   its weight and whether it is kept, ``13``.
 
 In the last block projection, feed-forward and what follows are computed for the chosen tokens alone, those
 that heads and losses look at.
 
-A frozen layer keeps nothing for the gradients of its weights: neither inputs of matrix products nor what
-LayerScale multiplies. Low-rank updates need the inputs of the matrices that they update, and keep their own
-narrow results, ``c`` times the rank for each of four matrices. ``train.activation_checkpointing`` keeps
-less: ``full`` the input of a block, ``4 d``; ``selective`` that and the results of matrix products and
-attention; the rest of a block is computed again, one block at a time.
+A frozen layer keeps nothing for the gradients of its weights. Low-rank updates need the inputs of the
+matrices that they update, and keep their own narrow results, ``c`` times the rank for each of four matrices.
+``train.activation_checkpointing`` keeps less: ``full`` the input of a block, ``4 d``; ``selective`` that and
+the results of matrix products and attention; the rest of a block is computed again, one block at a time.
 """
 
 from dataclasses import dataclass
@@ -49,14 +49,27 @@ class BackboneActivations:
         return self.blocks + self.recomputed + self.outputs
 
 
-def backbone_activations(work: Workload, c: int) -> BackboneActivations:
+@dataclass(frozen=True)
+class LayerScaleBytes:
+    """What LayerScale keeps of a number that it multiplies, and of a weight that its gains are in."""
+
+    per_token: int
+    weights: int
+
+
+def backbone_activations(
+    work: Workload, c: int, *, sharded: bool = False, float16: bool = False
+) -> BackboneActivations:
     """Return what the student's backbone keeps.
 
     Args:
         work: a micro-batch.
         c: bytes of the number format of matrix products.
+        sharded: whether several processes divide it; then its weights have that format already.
+        float16: whether that format is float16.
     """
-    full = [_block(work, block, c) for block in range(work.vit.depth)]
+    gains = LayerScaleBytes(per_token=c * float16, weights=c * (not float16 and (sharded or c == FLOAT32)))
+    full = [_block(work, block, c, gains) for block in range(work.vit.depth)]
     blocks, recomputed = sum(full), 0
     if work.checkpointing != "none":
         kept = [_checkpointed(work, block, c) if full[block] else 0 for block in range(work.vit.depth)]
@@ -66,7 +79,7 @@ def backbone_activations(work: Workload, c: int) -> BackboneActivations:
     return BackboneActivations(blocks, recomputed, gradient_passes, work.pixels * c)
 
 
-def _block(work: Workload, block: int, c: int) -> int:
+def _block(work: Workload, block: int, c: int, gains: LayerScaleBytes) -> int:
     vit, d = work.vit, work.vit.width
     frozen = block < work.frozen_blocks
     if frozen and not work.mask_token_learns:
@@ -77,7 +90,8 @@ def _block(work: Workload, block: int, c: int) -> int:
     scattered = INDEX if dropping else 0
     drawn = 2 * work.tokens * (INDEX + FLOAT32 + 1) if dropping else 0
     branch = FLOAT32 * d + 2 * FLOAT32 + scattered
-    scaled = c * d * learns * vit.layer_scale
+    scaled = gains.per_token * d * learns * vit.layer_scale
+    weights = gains.weights * d * (d + vit.hidden) * learns * vit.layer_scale
     mixing = inputs * c * d + 4 * c * d + FLOAT32 * vit.heads
     projection = inputs * c * d + scaled
     feed_forward = FLOAT32 * d + 2 * FLOAT32 + inputs * c * d + _hidden(work, c, inputs) + scaled
@@ -85,11 +99,11 @@ def _block(work: Workload, block: int, c: int) -> int:
         # Attention's result serves as the projection's input where one size of crops needs no packing.
         mixing -= 0 if work.local_crops else inputs * c * d
         per_token = branch + mixing + projection + scattered + feed_forward + 4 * c * work.lora_rank
-        return drawn + work.tokens_kept(block) * per_token
+        return weights + drawn + work.tokens_kept(block) * per_token
     # Of the last block only chosen tokens go further than attention.
     attention = FLOAT32 * d + 2 * FLOAT32 + mixing + c * work.lora_rank
     chosen = projection + feed_forward + 3 * c * work.lora_rank
-    return drawn + work.tokens_kept(block) * attention + work.tokens_chosen * chosen
+    return weights + drawn + work.tokens_kept(block) * attention + work.tokens_chosen * chosen
 
 
 def _hidden(work: Workload, c: int, inputs: int) -> int:

@@ -46,6 +46,7 @@ class PartLayout:
     group: int  # processes that divide it
     compute: int  # bytes of the format of matrix products
     reduce: int  # bytes of the format in which gradients are reduced
+    float16: bool = False  # whether that of matrix products is float16
 
 
 Layout = Mapping[tuple[str, str], PartLayout]  # (student or teacher, part) -> how it is held
@@ -113,7 +114,8 @@ def step_memory(
     copies = {part.name: _student_copies(part, student[part.name], work.checkpointing) for part in parts}
 
     c = student["backbone"].compute
-    kept = backbone_activations(work, c)
+    sharded_backbone, float16 = student["backbone"].group > 1, student["backbone"].float16
+    kept = backbone_activations(work, c, sharded=sharded_backbone, float16=float16)
     heads = {name: head_memory(work, name, student[name].compute) for name in work.heads}
     scores = {name: _teacher_scores(work, name, teacher[name].compute) for name in work.heads}
     largest_scores = max(

@@ -166,6 +166,7 @@ def describe_layout(cfg: DictConfig, networks: Networks, machine: Machine) -> La
                 group=groups.get(strategy, machine.gpus),
                 compute=precision.dtypes[network, part.name].itemsize,
                 reduce=4 if section.mixed_precision.reduce_dtype == "fp32" else 2,
+                float16=precision.dtypes[network, part.name] == torch.float16,
             )
     return layout
 

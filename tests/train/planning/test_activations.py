@@ -31,7 +31,7 @@ def kept_bytes(model, images) -> int:
     return sum(storage.nbytes() for storage in found.values())
 
 
-@pytest.mark.parametrize("number_format", ["fp32", "bf16"])
+@pytest.mark.parametrize("number_format", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -49,12 +49,14 @@ def test_what_autograd_keeps(overrides, number_format, monkeypatch):
     monkeypatch.setattr(backend, "pays", lambda *_: False)  # the kernel that a GPU has, too, keeps its result
     cfg = resolve(*SMALL, *overrides, number_format=number_format)
     model = build(cfg)
+    if number_format == "fp16":  # for which other formats stand in on a CPU
+        model.precision.dtypes = dict.fromkeys(model.precision.dtypes, torch.float16)
     images = random_batch(cfg, model.precision.input_dtype)
     networks = build_networks(cfg)
     work = Workload.of(cfg, networks.backbone, batch=4, mask_token_learns=True)
     work = replace(work, masked_most=int(images["n_masked_patches"]))
     size = 4 if number_format == "fp32" else 2
-    backbone = backbone_activations(work, size)
+    backbone = backbone_activations(work, size, float16=number_format == "fp16")
     expected = backbone.total + (0 if work.frozen_blocks or work.lora_rank else backbone.crops)
     for name in work.heads:
         expected += head_memory(work, name, size).activations
