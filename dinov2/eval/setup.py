@@ -14,7 +14,7 @@ from dinov2.configs import dinov2_default_config
 from dinov2.errors import ConfigError
 from dinov2.eval.other_models import OtherBackbone, is_other_model, open_other_model
 from dinov2.eval.utils import computed_dtype, device_of
-from dinov2.models import build_model_from_cfg
+from dinov2.models import build_model
 from dinov2.models.auto import AUTO, settle_architecture
 from dinov2.models.companions import same_constants
 from dinov2.models.pretrained import BackboneWeights, load_backbone, open_weights
@@ -78,7 +78,7 @@ def build_model_for_eval(config: Any, pretrained_weights: str | None) -> nn.Modu
     if weights is not None:
         settle_architecture(config.student, weights, dinov2_default_config.student)
         _compare_normalisation(config, weights)
-    model, _ = build_model_from_cfg(config, only_teacher=True)
+    model, _ = build_model(config.student, only_teacher=True, img_size=_laid_out_for(config, weights))
     if weights is not None:
         load_backbone(
             model,
@@ -89,6 +89,16 @@ def build_model_for_eval(config: Any, pretrained_weights: str | None) -> nn.Modu
     else:
         logger.warning("no --pretrained-weights given: the network is random, its scores are a baseline")
     return _ready(model, config)
+
+
+def _laid_out_for(config: Any, weights: BackboneWeights | None) -> int:
+    """Return the pixels of the images for whose patches the network has positions.
+
+    Those of the weights: to have them resampled to the config's crops here, and then to the images that are
+    evaluated, would lose some of what they are.
+    """
+    kept = weights is not None and weights.grid and config.student.pos_embed_resampling == "interpolate"
+    return weights.grid * config.student.patch_size if kept else config.crops.global_crops_size
 
 
 def _ready(model: nn.Module, config: Any) -> nn.Module:

@@ -69,6 +69,11 @@ def read_manifest(folder: Path) -> Manifest:
         checksum = content.pop("checksum")
         version = content["format_version"]
     except FileNotFoundError as error:
+        if folder.is_dir() and not NAME.search(folder.name):
+            raise WeightsError(
+                f"{folder} is not a checkpoint of a run: these are folders such as model_0009999, with a "
+                f"{MANIFEST}"
+            ) from error
         raise WeightsError(f"the checkpoint {folder} is incomplete: it has no {MANIFEST}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(

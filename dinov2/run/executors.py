@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import dinov2
-from dinov2.errors import ConfigError
+from dinov2.errors import ConfigError, UserError
 
 # What submitit names differently in each executor.
 GENERIC = (
@@ -48,6 +48,10 @@ class Request:
     max_timeouts: int
     environment: Mapping[str, str] = field(default_factory=dict)
     python: str | None = None
+
+
+class SubmissionError(UserError, RuntimeError):
+    """Slurm does not take a job."""
 
 
 def find_cluster(name: str | None) -> str:
@@ -127,6 +131,9 @@ def submission_environment(request: Request) -> Iterator[None]:
 
     Those of an allocation or a torchrun in which the submitting process may sit itself describe that one and
     not the job; Slurm's commands even take some of them for options.
+
+    Raises:
+        SubmissionError: the cluster does not take what is submitted inside of the ``with``.
     """
     import submitit
 
@@ -136,7 +143,15 @@ def submission_environment(request: Request) -> Iterator[None]:
     if root:
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with submitit.helpers.clean_env(), submitit.helpers.environment_variables(**variables):
-        yield
+        try:
+            yield
+        except submitit.core.utils.FailedJobError as error:
+            # What the command said, already on the terminal.
+            said = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+            raise SubmissionError(
+                f"the job was not taken ({said or 'for no stated reason'}): see whether the cluster answers "
+                "(sinfo) and knows --partition, --nodes, --ngpus and the like; --dry-run prints the script"
+            ) from error
 
 
 def _local_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:

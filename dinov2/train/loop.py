@@ -99,7 +99,7 @@ class TrainingLoop:
 
         Raises:
             CollapsedError: on every rank, with the files of an end.
-            Interrupted: on every rank, after a step and with a checkpoint of it.
+            Interrupted: on every rank, after a step and with a checkpoint of it, or before the first step.
             NonFiniteLossError: on every rank, with the diagnosis.
         """
         following: Place | None = place
@@ -109,6 +109,8 @@ class TrainingLoop:
             self.ended = self.monitor.begin(
                 place.iteration, continues=self.continues, teacher_temp=temperature
             )
+            if not self.ended.stop:  # that took its time
+                self.stop.stop_before_training()
         if self.ended.stop:
             self._end_before_a_step(place)
             following = None

@@ -57,3 +57,16 @@ def test_the_architecture_is_read_off_the_weights(tiny_case, tiny_backbone):
         assert torch.equal(model(x), tiny_backbone(x))
     with pytest.raises(ConfigError, match="no weights to read the architecture from"):
         build_model_for_eval(resolve_config("", ["student.arch=auto"]), None)
+
+
+@pytest.mark.parametrize("crops", [448, 96])
+def test_positions_stay_as_they_are_stored(tiny_case, tiny_backbone, crops):
+    """The config of a released model knows nothing of the crops that its weights were trained on since."""
+    cfg = resolve_config(str(tiny_case.config), [f"crops.global_crops_size={crops}"])
+    model = build_model_for_eval(cfg, str(tiny_case.weights))
+    x = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        assert torch.equal(model(x), tiny_backbone(x))
+    cfg.student.pos_embed_resampling = "center_crop"
+    if crops == 96:  # cut from the middle, they are others
+        assert build_model_for_eval(cfg, str(tiny_case.weights)).pos_embed.shape[1] == 1 + 3 * 3

@@ -16,6 +16,7 @@ import submitit
 
 from dinov2.errors import ConfigError, OutputError
 from dinov2.run.eval import extract, knn, linear, log_regression, slides_extract, slides_train
+from dinov2.run.executors import SubmissionError
 from dinov2.run.submit import Task, get_args_parser, get_shared_folder, submit_jobs
 from dinov2.run.train.train import Trainer
 from tests.conftest import REPO
@@ -216,6 +217,18 @@ def test_what_is_submitted_is_what_the_dry_run_printed(sbatch, tmp_path, capsys)
     assert script.read_text().rstrip("\n") == printed.rstrip("\n")
     assert "#SBATCH --comment=hello" in printed
     assert "partition" not in printed
+
+
+@pytest.mark.parametrize("more", [(), ("--sweep", "a.x=1,2")])
+def test_a_refusal_of_slurm_is_one_sentence(more, sbatch, tmp_path):
+    (sbatch / "sbatch").write_text(
+        "#!/bin/sh\necho sbatch: error: invalid partition specified: gpuu >&2\nexit 1\n"
+    )
+    words = ("--cluster", "slurm", "--partition", "gpuu", "--output-dir", tmp_path / "out", *more)
+    told = "not taken .sbatch: error: invalid partition specified: gpuu.: see .* --partition"
+    with pytest.raises(SubmissionError, match=told) as caught:
+        submit_jobs(SumOfRanks, parse(*words), name="dinov2:test")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_sweep_is_submitted_as_the_array_of_the_dry_run(sbatch, tmp_path, capsys):

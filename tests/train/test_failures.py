@@ -19,6 +19,8 @@ from dinov2 import cli
 from dinov2.cli import EXIT_START_AGAIN
 from dinov2.errors import Interrupted
 from dinov2.train import loop, watchdog
+from dinov2.train.monitoring.judge import Decision
+from dinov2.train.monitoring.monitor import Monitor
 from dinov2.train.preemption import SIGNALS, StopRequest
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.step import NonFiniteLossError
@@ -157,6 +159,18 @@ def test_a_signal_before_the_first_step_stops_with_nothing_saved(tiny, tmp_path,
         tiny.start(tmp_path / "run")
     assert caught.value.signal_number == signal.SIGUSR2
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
+    assert not checkpoints(tmp_path / "run")
+
+
+def test_a_signal_during_the_evaluation_of_the_start_stops_with_nothing_saved(tiny, tmp_path, monkeypatch):
+    def signalled(self, *arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Decision()
+
+    monkeypatch.setattr(Monitor, "begin", signalled)
+    monkeypatch.setattr(loop, "train_step", None)
+    with pytest.raises(Interrupted, match=r"SIGTERM came before the first step"):
+        tiny.start(tmp_path / "run", "evaluation.monitor_period=2")
     assert not checkpoints(tmp_path / "run")
 
 

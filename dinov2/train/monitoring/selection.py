@@ -221,7 +221,9 @@ def _reason(best: _Scored, usable: Sequence[_Scored], signal: str, without_gain:
     name = in_words(signal)
     first = usable[0]
     if len(usable) == 1:
-        return f"it is the only evaluation with a {name}, and not collapsed"
+        # Of the start nobody can say more: that of a training from scratch looks as if it had collapsed.
+        sound = ", and not collapsed" if first.record.iteration else ""
+        return f"it is the only evaluation with a {name}{sound}"
     highest = max(usable, key=lambda item: item.value)
     if best is first:
         told = f"no later evaluation has a {name} that is higher by more than its margin"
