@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 class LayerScale(nn.Module):
@@ -47,8 +48,8 @@ def scaled_linear(layer: nn.Module, scale: nn.Module | None, x: Tensor) -> Tenso
 
     Where gains learn, they are multiplied into the weights: ``x (gamma W)^T + gamma b``. Their gradient then
     comes from that of the weights, and the layer's result, which has as many rows as ``x``, neither has to be
-    kept for it nor is read again. Not so with hooks on either module, which would not be called, and not in
-    float16, which has no room for young gains times weights or gradients.
+    kept for it nor is read again. Not so with hooks on either module, which would not be called, for
+    ``torch.jit.trace``, and in float16, which has no room for young gains times weights or gradients.
 
     Args:
         layer: ends a residual branch, ``[..., C]`` to ``[..., D]``.
@@ -67,14 +68,18 @@ def scaled_linear(layer: nn.Module, scale: nn.Module | None, x: Tensor) -> Tenso
 def _folds(layer: nn.Module, scale: nn.Module, x: Tensor) -> bool:
     if type(layer) is not nn.Linear or type(scale) is not LayerScale or _is_watched(layer, scale):
         return False
-    if not torch.is_grad_enabled() or not scale.gamma.requires_grad:
+    if not torch.is_grad_enabled() or not scale.gamma.requires_grad or torch.jit.is_tracing():
         return False
     kind = x.device.type
-    product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.weight.dtype
-    return product != torch.float16
+    rounds = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return (torch.get_autocast_dtype(kind) if rounds else layer.weight.dtype) != torch.float16
 
 
 def _is_watched(*modules: nn.Module) -> bool:
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in modules
+    return _has_any_global_hook() or any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        for module in modules
     )

@@ -62,12 +62,14 @@ def _missing(device: torch.device) -> str:
 @cache
 def _failure(device: torch.device) -> str:
     """Return why a small function and its gradient can not be compiled for ``device``; empty if they can."""
-    x = torch.ones(8, 8, device=device, requires_grad=True)
-    try:
-        with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), torch._dynamo.config.patch(suppress_errors=False):
+        x = torch.ones(8, 8, device=device, requires_grad=True)
+        try:
             compiled(_small)(x).sum().backward()
-    except Exception as error:  # compilers and the tools they start raise anything
-        return _reason(error)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers and the tools they start raise anything
+            return _reason(error)
     return ""
 
 
@@ -112,7 +114,8 @@ class WatchedCompiler:
     def watched(self) -> Iterator[None]:
         """Turn what the compiler raises inside of the ``with`` into one sentence.
 
-        Functions that it leaves as they are, where the run did not ask to compile, are logged.
+        Functions that it leaves as they are are logged: those that fail where the run did not ask to compile,
+        and those that it gives up.
 
         Raises:
             CompilationError: the run did ask, or gradients can not be compiled.
@@ -126,13 +129,12 @@ class WatchedCompiler:
                 f"blocks or losses can not be compiled ({_reason(error)}): mend that, or go on without "
                 "(train.compile=false)"
             ) from error
-        left_out = _left_out()
-        if left_out > self._left_out:
-            self._left_out = left_out
+        before, self._left_out = self._left_out, _left_out()
+        if self._left_out > before:
             logger.warning(
-                "%d functions of blocks or losses run without being compiled, which is slower: PyTorch's "
-                "warning above says why, and train.compile=true makes it an error",
-                left_out,
+                "the compiler left %d functions of blocks or losses as they are, which is slower: "
+                "TORCH_LOGS=dynamo makes it say why",
+                self._left_out - before,
             )
 
 
@@ -149,6 +151,13 @@ def _left_out() -> int:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of what went wrong, which the compiler's stages wrap one after the other."""
+    """Return the line that says what went wrong, which the compiler's stages wrap one after the other."""
     cause = getattr(error, "inner_exception", error)
-    return next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+    # Of a process that compiles comes its traceback, of a compiler for C all that it had to say.
+    traceback, output = getattr(cause, "details", ""), getattr(cause, "output", "")
+    lines = [line.strip() for line in str(traceback or output or cause).splitlines() if line.strip()]
+    if traceback:
+        lines.reverse()
+    elif output:
+        lines.sort(key=lambda line: "error" not in line.lower())
+    return lines[0] if lines else type(cause).__name__

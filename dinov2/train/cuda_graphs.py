@@ -140,9 +140,15 @@ class _Recording:
         return gradients if self._x.requires_grad else [None, *gradients]
 
     def distance(self, planned: Planned, x: Tensor, layout: PackedLayout) -> float:
-        """Return how far replays are from what the blocks compute, see ``LARGEST_DISTANCE``; may be NaN."""
+        """Return how far replays are from what the blocks compute, see ``LARGEST_DISTANCE``; may be NaN.
+
+        Raises:
+            ArithmeticError: what the blocks compute is itself not finite.
+        """
         expected = self._computed(lambda x: run_blocks(planned, x, layout), x)
         lengths = torch.stack(torch._foreach_norm(expected)).clamp_min(torch.finfo(torch.float32).tiny)
+        if not lengths.isfinite().all():
+            raise ArithmeticError
         found = [self._computed(lambda x: self(planned, x), x) for _ in range(COMPARISONS)]
         self.forward(x)  # must leave alone what was returned
         distances = [torch.stack(torch._foreach_norm(torch._foreach_sub(one, expected))) for one in found]
@@ -250,6 +256,8 @@ class RecordedBlocks:
     def _record(self, planned: Planned, x: Tensor, layout: PackedLayout) -> _Recording | None:
         """Return a recording; None, now and later, if there is no memory or it computes something else.
 
+        None for now if the blocks compute nothing that is finite.
+
         Raises:
             RecordingError: it can not be made.
         """
@@ -259,6 +267,8 @@ class RecordedBlocks:
         try:
             recording = _Recording(self._make_recorder(), planned, x, layout)
             distance = recording.distance(planned, x, layout)
+        except ArithmeticError:  # nothing to compare with in this step, which will be skipped
+            return None
         except torch.OutOfMemoryError:
             if self._has_room is None:
                 raise

@@ -251,6 +251,8 @@ def _run(
     torch.backends.cuda.matmul.allow_tf32 = True
     device = resolve_device(cfg.train.device)
     settle_config(cfg)
+    if args.eval_only:  # the networks compute nothing
+        cfg.train.compile, cfg.train.cuda_graphs = False, None
     if cfg.train.cuda_graphs:  # asked again when it is known whether the run compiles
         records(cfg, device, compiled=cfg.train.compile is not False)
     require_equal_groups(cfg.compute_precision)

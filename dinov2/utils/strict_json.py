@@ -16,7 +16,7 @@ def to_json(
     not_finite: Callable[[float], Any] = _null,
     default: Callable[[Any], Any] | None = None,
 ) -> str:
-    """Return ``value`` as JSON; keys become texts.
+    """Return ``value`` as JSON; keys that JSON has no words for become texts.
 
     Args:
         value: to write.
@@ -31,9 +31,14 @@ def to_json(
 
     def writable(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {str(key): writable(item) for key, item in value.items()}
+            return {_key(key): writable(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [writable(item) for item in value]
         return not_finite(value) if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(writable(value), indent=indent, allow_nan=False, default=default)
+    stand_in = None if default is None else lambda value: writable(default(value))
+    return json.dumps(writable(value), indent=indent, allow_nan=False, default=stand_in)
+
+
+def _key(key: Any) -> Any:
+    return key if key is None or isinstance(key, str | int | float) else str(key)

@@ -99,6 +99,43 @@ def test_where_nothing_learns_or_somebody_looks_or_numbers_are_too_small_both_mo
     assert scaled_linear(nn.Sequential(layer), scale, x).equal(plain)
 
 
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.Module.register_forward_hook,
+        nn.Module.register_forward_pre_hook,
+        nn.Module.register_full_backward_hook,
+        nn.Module.register_full_backward_pre_hook,
+    ],
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_every_kind_of_hook_is_called(register, number):
+    layer, scale, x, _ = parts("grown")
+    calls = []
+    register((layer, scale)[number], lambda *_: calls.append(1))
+    scaled_linear(layer, scale, x.requires_grad_()).sum().backward()
+    assert calls == [1]
+
+
+def test_hooks_on_all_modules_see_both():
+    layer, scale, x, _ = parts("grown")
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        scaled_linear(layer, scale, x)
+    finally:
+        handle.remove()
+    assert seen == [layer, scale]
+
+
+def test_traced_and_without_memory():
+    block = NestedTensorBlock(24, 3, init_values=0.3, attn_class=MemEffAttention)
+    x = torch.randn(2, 5, 24)
+    torch.testing.assert_close(torch.jit.trace(block, x)(x), block(x))
+    block.to("meta")(x.to("meta")).sum().backward()
+    assert block.ls1.gamma.grad.shape == (24,)
+
+
 class OwnFeedForward(Mlp):
     """Somebody's, which knows no scale."""
 

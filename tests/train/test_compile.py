@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
-from torch._inductor.exc import InductorError
+from torch._inductor.compile_worker.subproc_pool import SubprocException
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 from dinov2 import compiled as compiled_module
 from dinov2.errors import ConfigError
@@ -177,6 +178,7 @@ def test_a_gpu_without_a_working_compiler(setting, name, value, told, works, cap
 
 @pytest.mark.slow
 def test_the_compiler_is_tried():
+    torch._dynamo.config.suppress_errors = True  # as an environment variable may have it
     for fine in (True, False):
         compilation._failure.cache_clear()
         torch._dynamo.reset()
@@ -217,8 +219,40 @@ def test_a_run_that_did_not_ask_goes_on_without_what_fails_and_says_so_once(monk
     with torch._dynamo.config.patch(suppress_errors=True), caplog.at_level("WARNING", logger="dinov2"):
         losses = run_with(refuse, monkeypatch)
     assert torch.isfinite(losses.total)
-    said = [text for text in caplog.messages if "without being compiled" in text]
-    assert len(said) == 1 and int(said[0].split()[0]) >= 1
+    said = [text for text in caplog.messages if "the compiler left" in text]
+    assert len(said) == 1 and int(said[0].split()[3]) >= 1
+
+
+def test_what_a_compiler_gives_up_is_counted_once(caplog):
+    function = torch.compile(lambda x, n: x + n, backend="eager", dynamic=False)
+    watch = WatchedCompiler()
+    with torch._dynamo.config.patch(recompile_limit=1), caplog.at_level("WARNING", logger="dinov2"):
+        for size in (2, 3, 4):
+            with watch.watched():
+                function(torch.zeros(size), 1)
+    said = [text for text in caplog.messages if "the compiler left 1 functions" in text]
+    assert len(said) == 1 and "TORCH_LOGS" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (
+            SubprocException("Traceback (most recent call last):\n  File x\nOSError: no ptxas\n"),
+            "OSError: no ptxas",
+        ),
+        (
+            CppCompileError(
+                ["c++", "-x"], "In file a.c:\na.c:1: fatal error: Python.h: No such file\n 1 | #"
+            ),
+            "a.c:1: fatal error: Python.h: No such file",
+        ),
+        (InvalidCxxCompiler("c++-99"), "Compiler: c++-99 is not found."),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_the_reason_is_the_line_that_tells(cause, reason):
+    assert compilation._reason(InductorError(cause, None)) == reason
 
 
 def test_other_errors_of_a_step_stay_what_they_are(caplog):

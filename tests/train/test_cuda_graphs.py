@@ -113,6 +113,26 @@ def test_training_is_the_same(overrides):
     assert shelf.counts() == [(1, replays + 1), (2, 2 * replays + 1)]
 
 
+@pytest.mark.parametrize("has_room", [None, lambda: True])
+def test_a_step_that_is_not_finite_says_nothing_about_a_recording(has_room, caplog):
+    cfg = resolve(*SMALL)
+    model = build(cfg)
+    record(model, Shelf(), has_room)
+    optimizer = build_optimizer(cfg, model.get_params_groups())
+    recorded = []
+    for step in range(WARM_UP + 2):
+        batch = random_batch(cfg, torch.float32)
+        if step == WARM_UP:
+            batch["collated_global_crops"][0] = float("nan")
+        problem = train_step(model, optimizer, [batch], VALUES, 3.0).problem
+        assert bool(problem) is (step == WARM_UP)
+        recorded.append(
+            [getattr(model, n)["backbone"].run_blocks.is_recorded for n in ("student", "teacher")]
+        )
+    assert recorded[WARM_UP] == [False, False] and recorded[-1] == [True, True]
+    assert "compute something else" not in caplog.text
+
+
 def small_run():
     shelf = Shelf()
     _, model = train(resolve(*SMALL), make_recorder=shelf, steps=3)

@@ -19,7 +19,14 @@ def test_they_may_be_written_as_something_else():
     assert to_json([math.nan, -math.inf, 2.0], not_finite=str) == '["nan", "-inf", 2.0]'
 
 
+def test_keys():
+    assert to_json({None: 1, True: 2, 14: 3, 0.5: 4, ("a", 1): 5}) == (
+        '{"null": 1, "true": 2, "14": 3, "0.5": 4, "(\'a\', 1)": 5}'
+    )
+
+
 def test_objects_that_json_lacks():
+    assert to_json([Path("a")], default=lambda _: math.nan) == "[null]"
     assert to_json({"path": Path("a/b")}, default=str) == '{"path": "a/b"}'
     with pytest.raises(TypeError, match="not JSON serializable"):
         to_json({"path": Path("a/b")})
