@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 
 class LayerScale(nn.Module):
@@ -76,7 +75,7 @@ def _folds(layer: nn.Module, scale: nn.Module, x: Tensor) -> bool:
 
 
 def _is_watched(*modules: nn.Module) -> bool:
-    return _has_any_global_hook() or any(
+    return any(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

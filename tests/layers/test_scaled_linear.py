@@ -117,17 +117,6 @@ def test_every_kind_of_hook_is_called(register, number):
     assert calls == [1]
 
 
-def test_hooks_on_all_modules_see_both():
-    layer, scale, x, _ = parts("grown")
-    seen = []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
-    try:
-        scaled_linear(layer, scale, x)
-    finally:
-        handle.remove()
-    assert seen == [layer, scale]
-
-
 def test_traced_and_without_memory():
     block = NestedTensorBlock(24, 3, init_values=0.3, attn_class=MemEffAttention)
     x = torch.randn(2, 5, 24)

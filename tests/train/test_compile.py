@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._inductor.compile_worker.subproc_pool import SubprocException
-from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
+from torch._inductor.exc import CppCompileError, InductorError
 
 from dinov2 import compiled as compiled_module
 from dinov2.errors import ConfigError
@@ -247,7 +247,7 @@ def test_what_a_compiler_gives_up_is_counted_once(caplog):
             ),
             "a.c:1: fatal error: Python.h: No such file",
         ),
-        (InvalidCxxCompiler("c++-99"), "Compiler: c++-99 is not found."),
+        (RuntimeError("Compiler: c++-99 is not found.\nInstall one."), "Compiler: c++-99 is not found."),
         (ValueError(), "ValueError"),
     ],
 )
