@@ -246,6 +246,12 @@ def test_a_report_is_json_whatever_was_found(tmp_path):
     assert strict == {"losses": {"own": None}, "pairs": [[1.0, None]], "224": "a"}
 
 
+@pytest.mark.parametrize(("given", "timed"), [("1e-5", 1.0), ("null", None), ("0", 0.0)])
+def test_networks_are_compared_with_gains_that_tell_images_apart(given, timed):
+    words = ["--device", "cpu", f"student.layerscale={given}"]
+    assert bench_train.configure(bench_train.get_args_parser().parse_args(words)).student.layerscale == timed
+
+
 def test_losses_that_are_not_finite_do_not_agree():
     one = {"ibot": 1.0, "koleo": 2.0}
     assert bench_train.relative_difference(one, {"ibot": 1.0, "koleo": 2.5}) == pytest.approx(0.2)
