@@ -264,8 +264,6 @@ class CausalAttentionBlock(nn.Module):
 
 def _scaled(branch: nn.Module, scale: nn.Module, x: Tensor, **options: Any) -> Tensor:
     """Return ``scale(branch(x))``, by the branch itself if it can."""
-    if isinstance(scale, nn.Identity):
-        return branch(x, **options)
     if type(branch) in TAKE_SCALE:
         return branch(x, scale=scale, **options)
     return scale(branch(x, **options))

@@ -139,16 +139,15 @@ class _Recording:
         gradients = [None if gradient is None else next(following) for gradient in self._gradients]
         return gradients if self._x.requires_grad else [None, *gradients]
 
-    def distance(self, planned: Planned, x: Tensor, layout: PackedLayout) -> float:
+    def distance(self, planned: Planned, x: Tensor, layout: PackedLayout) -> float | None:
         """Return how far replays are from what the blocks compute, see ``LARGEST_DISTANCE``; may be NaN.
 
-        Raises:
-            ArithmeticError: what the blocks compute is itself not finite.
+        None if what the blocks compute is itself not finite.
         """
         expected = self._computed(lambda x: run_blocks(planned, x, layout), x)
         lengths = torch.stack(torch._foreach_norm(expected)).clamp_min(torch.finfo(torch.float32).tiny)
         if not lengths.isfinite().all():
-            raise ArithmeticError
+            return None
         found = [self._computed(lambda x: self(planned, x), x) for _ in range(COMPARISONS)]
         self.forward(x)  # must leave alone what was returned
         distances = [torch.stack(torch._foreach_norm(torch._foreach_sub(one, expected))) for one in found]
@@ -267,8 +266,6 @@ class RecordedBlocks:
         try:
             recording = _Recording(self._make_recorder(), planned, x, layout)
             distance = recording.distance(planned, x, layout)
-        except ArithmeticError:  # nothing to compare with in this step, which will be skipped
-            return None
         except torch.OutOfMemoryError:
             if self._has_room is None:
                 raise
@@ -278,6 +275,8 @@ class RecordedBlocks:
                 f"the {self._name} could not be recorded as CUDA graphs "
                 f"({next(iter(str(error).splitlines()), type(error).__name__)}): use train.cuda_graphs=false"
             ) from error
+        if distance is None:  # this step will be skipped
+            return None
         if not distance <= LARGEST_DISTANCE:
             if self._has_room is None:
                 raise RecordingError(

@@ -159,6 +159,15 @@ def test_bytes_that_prototypes_losses_and_targets_move(centering, images):
     assert counts.memory_bytes >= 2 * PROTOTYPES * (teacher + 4 * student)
 
 
+def counting_compiler(monkeypatch, *users: str) -> CompiledBytes:
+    """As on a GPU, by the kernels that the compiler makes for a CPU; no cache."""
+    compiler = CompiledBytes()
+    for user in users:
+        monkeypatch.setattr(f"dinov2.{user}.compiled", compiler.compiled)
+    torch._dynamo.reset()
+    return compiler
+
+
 # What compiled code moves is also the doing of the compiler.
 of_its_compiler = pytest.mark.skipif(
     TorchVersion(torch.__version__) < (2, 13), reason="counted of the kernels of PyTorch 2.13"
@@ -170,12 +179,8 @@ of_its_compiler = pytest.mark.skipif(
 @pytest.mark.parametrize("images", [4, 64])
 @pytest.mark.parametrize("centering", MEGABYTES)
 def test_bytes_that_they_move_as_compiled_kernels(centering, images, monkeypatch):
-    """As on a GPU, by the kernels that the compiler makes for a CPU; no cache."""
-    compiler = CompiledBytes()
-    for user in ("prototypes", "targets"):
-        monkeypatch.setattr(f"dinov2.loss.{user}.compiled", compiler.compiled)
+    compiler = counting_compiler(monkeypatch, "loss.prototypes", "loss.targets")
     step = PrototypeStep(images)
-    torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=MOST_VARIANTS), count() as counts:
         step.run(centering, compile=True)
     moved = compiler.bytes + counts.bytes + counts.product_bytes
@@ -192,9 +197,7 @@ BLOCK_MEGABYTES = {"student": (47.6, 13.7), "teacher": (8.4, 10.8)}
 @pytest.mark.parametrize("images", [2, 16])
 @pytest.mark.parametrize("network", BLOCK_MEGABYTES)
 def test_bytes_that_a_block_moves_as_compiled_kernels(network, images, monkeypatch):
-    """As on a GPU, by the kernels that the compiler makes for a CPU; no cache."""
-    compiler = CompiledBytes()
-    monkeypatch.setattr("dinov2.layers.block.compiled", compiler.compiled)
+    compiler = counting_compiler(monkeypatch, "layers.block")
     learns = network == "student"
     block = NestedTensorBlock(
         384, 6, qkv_bias=True, init_values=1e-5, drop_path=0.3 if learns else 0.0, attn_class=MemEffAttention
@@ -203,7 +206,6 @@ def test_bytes_that_a_block_moves_as_compiled_kernels(network, images, monkeypat
     block.train(learns).requires_grad_(learns)
     layout = PackedLayout(((2 * images, 257), (LOCAL_CROPS * images, 50))[: 1 + learns])
     x = torch.empty(1, sum(b * n for b, n in layout.shapes), 384, requires_grad=learns)
-    torch._dynamo.reset()
     with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(learns):
         result = block(x, layout)
     if learns:

@@ -113,8 +113,7 @@ def test_eval_only_exports_the_newest_checkpoint(tiny, tmp_path, monkeypatch):
     tiny.start(tmp_path, "optim.max_iterations=3")
     # What asks for a compiler that is not there is of no concern to an export.
     monkeypatch.setattr(compilation, "_failure", lambda device: "there is none")
-    compiles = ("train.compile=true",)
-    tiny.start(tmp_path, "optim.max_iterations=3", *compiles, options=("--eval-only",))
+    tiny.start(tmp_path, "optim.max_iterations=3", "train.compile=true", options=("--eval-only",))
     trained = load(tmp_path / "eval/training_2/teacher_checkpoint.pth")["teacher"]
     exported = load(tmp_path / "eval/manual_3/teacher_checkpoint.pth")["teacher"]
     assert all(torch.equal(trained[name], exported[name]) for name in trained)
