@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # Blocks that share a function differ in their shapes, in what is frozen, in whether gradients are taken.
 MOST_VARIANTS = 64
@@ -25,6 +26,31 @@ def left_to_autograd(function: Callable) -> Callable:
     return function
 
 
+@torch.library.custom_op("dinov2::kept", mutates_args=())
+def kept(x: Tensor) -> Tensor:
+    """Return ``x``; where a backward pass needs it, compiled code keeps it, and does not compute it again.
+
+    What is cheap to compute compiled code otherwise keeps or not as its guesses at sizes have it, and where
+    it does not, it keeps what that is computed of.
+    """
+    return x.clone()
+
+
+@kept.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@cache
+def prepare_compiler() -> None:
+    """Tell the compiler of what this package marks for it; not at import, as to load it takes a second."""
+    from torch._inductor.lowering import register_lowering
+
+    for marked in _left_to_autograd:
+        torch.compiler.allow_in_graph(marked)
+    register_lowering(torch.ops.dinov2.kept.default, type_promotion_kind=None)(lambda x: x)  # no copy
+
+
 @cache
 def compiled(function: Callable, **options: Any) -> Callable:
     """Return ``function`` as compiled code, made anew for shapes that it has no code for.
@@ -33,8 +59,7 @@ def compiled(function: Callable, **options: Any) -> Callable:
         function: to compile.
         options: of ``torch.compile``.
     """
-    for marked in _left_to_autograd:
-        torch.compiler.allow_in_graph(marked)  # not before: it imports the compiler, more than a second
+    prepare_compiler()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
     return torch.compile(function, **options)
 

@@ -16,6 +16,7 @@ from dinov2.compiled import compiled
 from dinov2.layers.attention import Attention, MemEffAttention
 from dinov2.layers.backend import XFORMERS_AVAILABLE, XFORMERS_ENABLED
 from dinov2.layers.drop_path import DropPath
+from dinov2.layers.layer_norm import LayerNorm
 from dinov2.layers.layer_scale import LayerScale
 from dinov2.layers.mlp import Mlp
 from dinov2.layers.packing import PackedLayout
@@ -64,7 +65,7 @@ class Block(nn.Module):
     # A key of dinov2.layers.recompute.MODES; may be set per module. The block itself recomputes, inside its
     # forward, so that hooks on it (FSDP's) run once in each direction.
     recompute = "none"
-    # Whether packed batches run through torch.compile; may be set per module.
+    # Whether packed batches run through torch.compile, see set_compiled.
     compiled = False
 
     def __init__(
@@ -99,6 +100,12 @@ class Block(nn.Module):
         self.ls2 = _layer_scale(dim, init_values)
         self.drop_path2 = DropPath(drop_path)
         self.sample_drop_ratio = drop_path
+
+    def set_compiled(self, wanted: bool = True) -> None:
+        """Let packed batches run through torch.compile, or not."""
+        for module in self.modules():
+            if isinstance(module, (Block, LayerNorm)):
+                module.compiled = wanted
 
     def attention_branch(
         self, x: Tensor, attn_bias: PackedLayout | None = None, rows: Tensor | None = None

@@ -99,7 +99,7 @@ def compile_blocks(*backbones: nn.Module, required: bool) -> None:
                 "transformer blocks: leave it out"
             )
         for block in blocks:
-            block.compiled = block.recompute != "selective"
+            block.set_compiled(block.recompute != "selective")
             count += block.compiled
     logger.info("compiled are the losses and %d blocks: the first steps take longer", count)
 

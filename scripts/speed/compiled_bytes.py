@@ -21,6 +21,8 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner, inductor_me
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dinov2.compiled import prepare_compiler
+
 
 class CompiledBytes:
     """Stands in for ``dinov2.compiled.compiled``; ``bytes`` is the sum over all calls so far."""
@@ -30,6 +32,7 @@ class CompiledBytes:
 
     def compiled(self, function: Callable) -> Callable:
         """Return a function whose calls count what ``function``, compiled, would move."""
+        prepare_compiler()
         counted = torch.compile(
             function, backend=partial(compile_fx, inner_compile=self._kernels), dynamic=False
         )

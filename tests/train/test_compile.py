@@ -110,9 +110,10 @@ def test_what_is_compiled_can_be_looked_into(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number_format, rel", [("fp32", 1e-4), ("bf16", 5e-2)])
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_compiled_code_computes_the_same(rate):
-    assert_equal_gradients(f"student.drop_path_rate={rate}")
+def test_compiled_code_computes_the_same(rate, number_format, rel):
+    assert_equal_gradients(f"student.drop_path_rate={rate}", number_format=number_format, rel=rel)
     assert counters["stats"]["unique_graphs"] >= 4
 
 

@@ -6,12 +6,13 @@ the matrix products (2 under autocast, else 4). The residual stream, norms and l
 
 One residual branch keeps, per token it computes:
 
-- its input, for the norm: ``4 d``, with the norm's mean and deviation, ``8``;
+- its input, for the norm: ``4 d``, with the norm's mean and deviation, ``8``; compiled in 16 bits, the norm's
+  output before gains, rounded, ``c d``, with the deviation, ``4``;
 - the norm's output, rounded for the matrix product: ``c d``;
 - attention: queries, keys, values ``3 c d``, result ``c d``, the log of the softmax's sums ``4 H``, and the
   result once more, packed for the projection: ``c d``;
 - feed-forward: MLP ``2 c h`` (before and after the GELU); SwiGLU ``4 c h`` (two halves, the gate's SiLU, the
-  product);
+  product), compiled ``3 c h``, as the SiLU is computed again;
 - LayerScale: nothing, as its gains are multiplied into the weights of the layer before it. These are a copy,
   ``c (d d + d h)`` a block, where the product needs none in any case. In float16 what it multiplies, ``c d``;
 - stochastic depth: the positions of the tokens, ``8``; and for every token, computed or not, its place,
@@ -50,15 +51,17 @@ class BackboneActivations:
 
 
 @dataclass(frozen=True)
-class LayerScaleBytes:
-    """What LayerScale keeps of a number that it multiplies, and of a weight that its gains are in."""
+class Kept:
+    """What a run's blocks keep of some of their numbers, in bytes."""
 
-    per_token: int
-    weights: int
+    scaled: int  # of a number that LayerScale multiplies
+    weight: int  # of a weight that its gains are in
+    norm: int  # of a token that a norm takes
+    silu: int  # of a number that comes out of SwiGLU's SiLU
 
 
 def backbone_activations(
-    work: Workload, c: int, *, sharded: bool = False, float16: bool = False
+    work: Workload, c: int, *, sharded: bool = False, float16: bool = False, compiled: bool = False
 ) -> BackboneActivations:
     """Return what the student's backbone keeps.
 
@@ -67,19 +70,27 @@ def backbone_activations(
         c: bytes of the number format of matrix products.
         sharded: whether several processes divide it; then its weights have that format already.
         float16: whether that format is float16.
+        compiled: whether a run compiles; blocks that keep a selection of their insides stay as they are.
     """
-    gains = LayerScaleBytes(per_token=c * float16, weights=c * (not float16 and (sharded or c == FLOAT32)))
-    full = [_block(work, block, c, gains) for block in range(work.vit.depth)]
+    compiles = compiled and work.checkpointing != "selective"
+    rounded = compiles and c < FLOAT32
+    kept = Kept(
+        scaled=c * float16,
+        weight=c * (not float16 and (sharded or c == FLOAT32)),
+        norm=c * work.vit.width + FLOAT32 if rounded else FLOAT32 * (work.vit.width + 2),
+        silu=0 if compiles else c,
+    )
+    full = [_block(work, block, c, kept) for block in range(work.vit.depth)]
     blocks, recomputed = sum(full), 0
     if work.checkpointing != "none":
-        kept = [_checkpointed(work, block, c) if full[block] else 0 for block in range(work.vit.depth)]
-        blocks, recomputed = sum(kept), max(full)
+        fewer = [_checkpointed(work, block, c) if full[block] else 0 for block in range(work.vit.depth)]
+        blocks, recomputed = sum(fewer), max(full)
     d = work.vit.width
     gradient_passes = work.tokens_chosen * (2 * FLOAT32 * d + 2 * FLOAT32)  # the final norm
     return BackboneActivations(blocks, recomputed, gradient_passes, work.pixels * c)
 
 
-def _block(work: Workload, block: int, c: int, gains: LayerScaleBytes) -> int:
+def _block(work: Workload, block: int, c: int, kept: Kept) -> int:
     vit, d = work.vit, work.vit.width
     frozen = block < work.frozen_blocks
     if frozen and not work.mask_token_learns:
@@ -89,27 +100,26 @@ def _block(work: Workload, block: int, c: int, gains: LayerScaleBytes) -> int:
     dropping = vit.drop_rates[block] > 0
     scattered = INDEX if dropping else 0
     drawn = 2 * work.tokens * (INDEX + FLOAT32 + 1) if dropping else 0
-    branch = FLOAT32 * d + 2 * FLOAT32 + scattered
-    scaled = gains.per_token * d * learns * vit.layer_scale
-    weights = gains.weights * d * (d + vit.hidden) * learns * vit.layer_scale
+    scaled = kept.scaled * d * learns * vit.layer_scale
+    weights = kept.weight * d * (d + vit.hidden) * learns * vit.layer_scale
     mixing = inputs * c * d + 4 * c * d + FLOAT32 * vit.heads
     projection = inputs * c * d + scaled
-    feed_forward = FLOAT32 * d + 2 * FLOAT32 + inputs * c * d + _hidden(work, c, inputs) + scaled
+    feed_forward = kept.norm + inputs * c * d + _hidden(work, c, inputs, kept) + scaled
     if block < vit.depth - 1:
         # Attention's result serves as the projection's input where one size of crops needs no packing.
         mixing -= 0 if work.local_crops else inputs * c * d
-        per_token = branch + mixing + projection + scattered + feed_forward + 4 * c * work.lora_rank
+        per_token = kept.norm + mixing + projection + feed_forward + 2 * scattered + 4 * c * work.lora_rank
         return weights + drawn + work.tokens_kept(block) * per_token
     # Of the last block only chosen tokens go further than attention.
-    attention = FLOAT32 * d + 2 * FLOAT32 + mixing + c * work.lora_rank
+    attention = kept.norm + mixing + c * work.lora_rank
     chosen = projection + feed_forward + 3 * c * work.lora_rank
     return weights + drawn + work.tokens_kept(block) * attention + work.tokens_chosen * chosen
 
 
-def _hidden(work: Workload, c: int, inputs: int) -> int:
+def _hidden(work: Workload, c: int, inputs: int, kept: Kept) -> int:
     """Bytes between the two matrices of the feed-forward, per token."""
     h = work.vit.hidden
-    return c * h * (3 + inputs) if work.vit.gated else c * h * (1 + inputs)
+    return h * (c * (2 + inputs) + kept.silu) if work.vit.gated else c * h * (1 + inputs)
 
 
 def _checkpointed(work: Workload, block: int, c: int) -> int:

@@ -114,8 +114,9 @@ def step_memory(
     copies = {part.name: _student_copies(part, student[part.name], work.checkpointing) for part in parts}
 
     c = student["backbone"].compute
+    compiled = device == "cuda" if work.compile is None else work.compile
     sharded_backbone, float16 = student["backbone"].group > 1, student["backbone"].float16
-    kept = backbone_activations(work, c, sharded=sharded_backbone, float16=float16)
+    kept = backbone_activations(work, c, sharded=sharded_backbone, float16=float16, compiled=compiled)
     heads = {name: head_memory(work, name, student[name].compute) for name in work.heads}
     scores = {name: _teacher_scores(work, name, teacher[name].compute) for name in work.heads}
     largest_scores = max(

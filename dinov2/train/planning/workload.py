@@ -90,6 +90,7 @@ class Workload:
     masked_share: float  # expected share of the patches of the global crops
     masked_most: int  # masked patches of a micro-batch, at most
     checkpointing: str  # train.activation_checkpointing
+    compile: bool | None  # train.compile
     frozen_blocks: int
     lora_rank: int
     mask_token_learns: bool
@@ -126,6 +127,7 @@ class Workload:
             masked_share=probability * (low + high) / 2,
             masked_most=most_masked(NUM_GLOBAL_CROPS * batch, patches, probability, low, high),
             checkpointing=cfg.train.activation_checkpointing,
+            compile=cfg.train.compile,
             frozen_blocks=cfg.train.freeze_blocks,
             lora_rank=cfg.student.lora_rank,
             mask_token_learns=mask_token_learns,

@@ -46,6 +46,27 @@ def kept_bytes(model, images) -> int:
     ids=lambda overrides: overrides[0] if overrides else "plain",
 )
 def test_what_autograd_keeps(overrides, number_format, monkeypatch):
+    check_what_is_kept(overrides, number_format, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number_format", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("student.drop_path_rate=0",),
+        ("student.drop_path_rate=0.2", "student.ffn_layer=swiglufused", "student.layerscale=null"),
+        ("train.freeze_blocks=1",),
+    ],
+    ids=lambda overrides: overrides[0] if overrides else "plain",
+)
+def test_what_compiled_code_keeps(overrides, number_format, monkeypatch):
+    torch._dynamo.reset()
+    check_what_is_kept((*overrides, "train.compile=true"), number_format, monkeypatch)
+
+
+def check_what_is_kept(overrides, number_format, monkeypatch):
     monkeypatch.setattr(backend, "pays", lambda *_: False)  # the kernel that a GPU has, too, keeps its result
     cfg = resolve(*SMALL, *overrides, number_format=number_format)
     model = build(cfg)
@@ -56,7 +77,8 @@ def test_what_autograd_keeps(overrides, number_format, monkeypatch):
     work = Workload.of(cfg, networks.backbone, batch=4, mask_token_learns=True)
     work = replace(work, masked_most=int(images["n_masked_patches"]))
     size = 4 if number_format == "fp32" else 2
-    backbone = backbone_activations(work, size, float16=number_format == "fp16")
+    float16, compiled = number_format == "fp16", bool(cfg.train.compile)
+    backbone = backbone_activations(work, size, float16=float16, compiled=compiled)
     expected = backbone.total + (0 if work.frozen_blocks or work.lora_rank else backbone.crops)
     for name in work.heads:
         expected += head_memory(work, name, size).activations
