@@ -1,27 +1,27 @@
-"""Counts what compiled functions read and write, by the kernels that the compiler makes of them.
+"""Counts what compiled functions read and write, by the kernels that the compiler makes of them for a GPU.
 
     counter = CompiledBytes()
     monkeypatch.setattr("dinov2.loss.targets.compiled", counter.compiled)
 
 Counted is what each call's kernels read and write at least, as Inductor counts it: every tensor once a
-kernel, whatever a cache may hold. Products and attention, which are others' kernels, are not counted. The
-kernels are those for the device of the arguments; those for a CPU are fused a little less than those for a
-GPU. Nothing is computed: results are memory that nobody has written.
+kernel, whatever a cache may hold. Products and attention, which are others' kernels, are not counted. No GPU
+is needed and nothing is computed: arguments are on the CPU, results are memory that nobody has written.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._inductor import metrics
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner, inductor_metrics_log
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.graph import GraphLowering
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dinov2.compiled import prepare_compiler
+from scripts.speed.absent_gpu import absent_gpu, move_to_gpu
 
 
 class CompiledBytes:
@@ -46,17 +46,8 @@ class CompiledBytes:
     def _kernels(self, graph: GraphModule, inputs: Sequence[Any], **options: Any) -> Callable:
         (results,) = graph.graph.find_nodes(op="output")[0].args
         values = [None if node is None else node.meta["val"] for node in results]
-        level = inductor_metrics_log.level
-        metrics.nodes_num_elem.clear()
-        inductor_metrics_log.setLevel(logging.INFO)  # else nothing is counted
-        try:
-            with torch._inductor.config.patch(fx_graph_cache=False):
-                compile_fx_inner(graph, inputs, **options)
-        finally:
-            inductor_metrics_log.setLevel(level)
-        # In units of four bytes, whatever is moved.
-        moved = sum(4 * number for node, number in metrics.nodes_num_elem if not node.is_extern())
-        metrics.nodes_num_elem.clear()
+        with absent_gpu():
+            moved = _moved(graph, move_to_gpu(graph), options)
 
         def run(arguments: list[Any]) -> list[Any]:
             self.bytes += moved
@@ -65,6 +56,29 @@ class CompiledBytes:
 
         run._boxed_call = True
         return run
+
+
+class _Counted(BaseException):
+    """Ends a compilation whose kernels are known; Inductor wraps what is an Exception."""
+
+
+def _moved(graph: GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> int:
+    """Return the bytes that a graph's kernels move in a call."""
+
+    def count(lowered: GraphLowering) -> None:
+        lowered.codegen()
+        nodes = lowered.scheduler.nodes
+        raise _Counted(sum(node.get_read_write_buffers_sizes() for node in nodes if not node.is_extern()))
+
+    with (
+        mock.patch.object(GraphLowering, "compile_to_module", count),
+        torch._inductor.config.patch(fx_graph_cache=False),
+    ):
+        try:
+            compile_fx_inner(graph, inputs, **options)
+        except _Counted as counted:
+            return counted.args[0]
+    return 0  # a graph without operators
 
 
 def _like(value: Any) -> Any:

@@ -23,7 +23,6 @@ from dinov2.train.head_losses import Entry, dino_entries, head_loss
 from dinov2.train.optimizer import build_optimizer
 from dinov2.train.planning.flops import patch_flops, step_flops
 from dinov2.train.step import train_step
-from scripts.speed.compiled_bytes import CompiledBytes
 from scripts.speed.counts import Counts, count, host_tensors
 from tests.train.planning.steps import SMALL, VALUES, build, random_batch, resolve, workload
 from tests.train.waits import reported_waits
@@ -39,11 +38,11 @@ OPERATORS = {"sinkhorn_knopp": 700, "centering": 660}
 
 # Of prototypes, losses and targets at DINOv2's size, 65,536 prototypes and logits in bfloat16: megabytes per
 # image, and those once per step, of the prototypes: beyond a cache of 16 MiB, of every operator without a
-# cache, and of the kernels that they are compiled to.
+# cache, and of the kernels that they are compiled to for a GPU.
 CACHE = 2**24
 MEGABYTES = {
-    "sinkhorn_knopp": ((109.0, 745.0), (890.0, 760.0), (205.0, 765.0)),
-    "centering": ((88.5, 745.0), (436.0, 745.0), (91.5, 745.0)),
+    "sinkhorn_knopp": ((109.0, 745.0), (890.0, 760.0), (143.0, 780.0)),
+    "centering": ((88.5, 745.0), (436.0, 745.0), (91.0, 755.0)),
 }
 PROTOTYPES, BOTTLENECK, MASKED_PER_IMAGE, LOCAL_CROPS = 65536, 256, 76.8, 8
 
@@ -159,8 +158,11 @@ def test_bytes_that_prototypes_losses_and_targets_move(centering, images):
     assert counts.memory_bytes >= 2 * PROTOTYPES * (teacher + 4 * student)
 
 
-def counting_compiler(monkeypatch, *users: str) -> CompiledBytes:
-    """As on a GPU, by the kernels that the compiler makes for a CPU; no cache."""
+def counting_compiler(monkeypatch, *users: str):
+    """By the kernels that the compiler makes for a GPU; no cache."""
+    pytest.importorskip("triton")
+    from scripts.speed.compiled_bytes import CompiledBytes
+
     compiler = CompiledBytes()
     for user in users:
         monkeypatch.setattr(f"dinov2.{user}.compiled", compiler.compiled)
@@ -188,13 +190,14 @@ def test_bytes_that_they_move_as_compiled_kernels(centering, images, monkeypatch
 
 
 # Of a block of ViT-S/14, 2 x 224 + 8 x 98 px, bfloat16, the student with stochastic depth of 0.3: kernels
-# between its products and attention, megabytes per image, and those once per step, of the weights.
-BLOCK_MEGABYTES = {"student": (42.4, 13.7), "teacher": (8.4, 10.8)}
+# between its products and attention, megabytes per image, and those once per step, of the weights. Small
+# batches move more per image: Inductor merges sums over rows and over columns from 5 million numbers on.
+BLOCK_MEGABYTES = {"student": (40.0, 24.0), "teacher": (8.4, 10.8)}
 
 
 @pytest.mark.slow
 @of_its_compiler
-@pytest.mark.parametrize("images", [2, 16])
+@pytest.mark.parametrize("images", [64, 128])
 @pytest.mark.parametrize("network", BLOCK_MEGABYTES)
 def test_bytes_that_a_block_moves_as_compiled_kernels(network, images, monkeypatch):
     compiler = counting_compiler(monkeypatch, "layers.block")
