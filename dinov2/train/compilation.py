@@ -42,8 +42,7 @@ def wants_compiling(setting: bool | None, device: torch.device) -> bool:
             "this run is not compiled, which makes its steps about half as fast on a GPU: %s", obstacle
         )
         return False
-    if setting is None:
-        torch._dynamo.config.suppress_errors = True
+    torch._dynamo.config.suppress_errors = setting is None
     return True
 
 
