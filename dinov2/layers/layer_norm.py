@@ -23,15 +23,16 @@ class LayerNorm(nn.LayerNorm):
         if self._rounds(x):
             dtype = torch.get_autocast_dtype(x.device.type)
             return normalised(x, self.weight, self.bias, self.eps, dtype)
-        if self.weight.element_size() >= x.element_size():
+        if self.weight is None or self.weight.element_size() >= x.element_size():
             return super().forward(x)
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
     def _rounds(self, x: Tensor) -> bool:
         """Return whether gradients are taken of rounded values; one operator after the other that is slow."""
         learns = torch.is_grad_enabled() and x.requires_grad and x.dtype == torch.float32
-        if not (self.compiled and learns and torch.compiler.is_compiling()):
+        usual = len(self.normalized_shape) == 1 and self.weight is not None and self.bias is not None
+        if not (self.compiled and learns and usual and torch.compiler.is_compiling()):
             return False
         kind = x.device.type
         return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind).itemsize == 2

@@ -85,3 +85,19 @@ def test_compiled_code_keeps_its_result_where_gradients_are_taken_in_16_bits():
         assert not keeps_its_result(norm, x)
     with torch.autocast("cpu", torch.bfloat16), uncompiled():
         assert torch.equal(norm(x), filled(nn.LayerNorm, torch.float32)(x))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"), [(16, {"bias": False}), (16, {"elementwise_affine": False}), ((5, 16), {})]
+)
+def test_norms_of_other_kinds_stay_as_they_are(shape, options):
+    norm, x = LayerNorm(shape, **options), torch.randn(2, 5, 16, requires_grad=True)
+    norm.compiled = True
+    assert not keeps_its_result(norm, x)
+    assert torch.equal(norm(x), nn.LayerNorm(shape, **options)(x))
+
+
+def test_narrow_weights_without_a_bias():
+    x = torch.randn(2, 5, 16)
+    norm = LayerNorm(16, bias=False).to(torch.bfloat16)
+    assert torch.equal(norm(x), nn.LayerNorm(16, bias=False)(x))
