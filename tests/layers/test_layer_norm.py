@@ -64,6 +64,11 @@ def test_what_is_to_be_kept_is_an_operator_like_others():
     torch.library.opcheck(kept, (torch.randn(2, 3),))
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("dinov2.layers.layer_norm.DEVICES", ("cpu",))
+
+
 def keeps_its_result(norm, x, *, number_format=torch.bfloat16) -> bool:
     """Tell whether compiled code keeps the norm's result in place of its input."""
     torch._dynamo.reset()
@@ -73,7 +78,7 @@ def keeps_its_result(norm, x, *, number_format=torch.bfloat16) -> bool:
     return any("kept" in str(node.target) for graph in compiler.fw_graphs for node in graph.graph.nodes)
 
 
-def test_compiled_code_keeps_its_result_where_gradients_are_taken_in_16_bits():
+def test_compiled_code_keeps_its_result_where_gradients_are_taken_in_16_bits(as_on_a_gpu):
     norm, x = filled(LayerNorm, torch.float32), torch.randn(2, 5, 16, requires_grad=True)
     assert not keeps_its_result(norm, x)  # somebody else's compiler
     norm.compiled = True
@@ -87,10 +92,16 @@ def test_compiled_code_keeps_its_result_where_gradients_are_taken_in_16_bits():
         assert torch.equal(norm(x), filled(nn.LayerNorm, torch.float32)(x))
 
 
+def test_compiled_code_of_a_cpu_keeps_its_input():
+    norm = filled(LayerNorm, torch.float32)
+    norm.compiled = True
+    assert not keeps_its_result(norm, torch.randn(2, 5, 16, requires_grad=True))
+
+
 @pytest.mark.parametrize(
     ("shape", "options"), [(16, {"bias": False}), (16, {"elementwise_affine": False}), ((5, 16), {})]
 )
-def test_norms_of_other_kinds_stay_as_they_are(shape, options):
+def test_norms_of_other_kinds_stay_as_they_are(shape, options, as_on_a_gpu):
     norm, x = LayerNorm(shape, **options), torch.randn(2, 5, 16, requires_grad=True)
     norm.compiled = True
     assert not keeps_its_result(norm, x)

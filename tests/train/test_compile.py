@@ -112,7 +112,8 @@ def test_what_is_compiled_can_be_looked_into(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("number_format, rel", [("fp32", 1e-4), ("bf16", 5e-2)])
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_compiled_code_computes_the_same(rate, number_format, rel):
+def test_compiled_code_computes_the_same(rate, number_format, rel, monkeypatch):
+    monkeypatch.setattr("dinov2.layers.layer_norm.DEVICES", ("cpu",))  # as on a GPU
     assert_equal_gradients(f"student.drop_path_rate={rate}", number_format=number_format, rel=rel)
     assert counters["stats"]["unique_graphs"] >= 4
 

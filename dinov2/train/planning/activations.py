@@ -6,8 +6,8 @@ the matrix products (2 under autocast, else 4). The residual stream, norms and l
 
 One residual branch keeps, per token it computes:
 
-- its input, for the norm: ``4 d``, with the norm's mean and deviation, ``8``; compiled in 16 bits, the norm's
-  output before gains, rounded, ``c d``, with the deviation, ``4``;
+- its input, for the norm: ``4 d``, with the norm's mean and deviation, ``8``; compiled in 16 bits for a GPU,
+  the norm's output before gains, rounded, ``c d``, with the deviation, ``4``;
 - the norm's output, rounded for the matrix product: ``c d``;
 - attention: queries, keys, values ``3 c d``, result ``c d``, the log of the softmax's sums ``4 H``, and the
   result once more, packed for the projection: ``c d``;
@@ -29,6 +29,7 @@ the results of matrix products and attention; the rest of a block is computed ag
 
 from dataclasses import dataclass
 
+from dinov2.layers.layer_norm import DEVICES
 from dinov2.loss.prototypes import BLOCK_BYTES
 from dinov2.train.planning.workload import HeadSizes, Workload
 
@@ -61,7 +62,13 @@ class Kept:
 
 
 def backbone_activations(
-    work: Workload, c: int, *, sharded: bool = False, float16: bool = False, compiled: bool = False
+    work: Workload,
+    c: int,
+    *,
+    sharded: bool = False,
+    float16: bool = False,
+    compiled: bool = False,
+    device: str = "cuda",
 ) -> BackboneActivations:
     """Return what the student's backbone keeps.
 
@@ -71,9 +78,10 @@ def backbone_activations(
         sharded: whether several processes divide it; then its weights have that format already.
         float16: whether that format is float16.
         compiled: whether a run compiles; blocks that keep a selection of their insides stay as they are.
+        device: ``cuda`` or ``cpu``.
     """
     compiles = compiled and work.checkpointing != "selective"
-    rounded = compiles and c < FLOAT32
+    rounded = compiles and c < FLOAT32 and device in DEVICES
     kept = Kept(
         scaled=c * float16,
         weight=c * (not float16 and (sharded or c == FLOAT32)),

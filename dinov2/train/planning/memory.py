@@ -115,8 +115,14 @@ def step_memory(
 
     c = student["backbone"].compute
     compiled = device == "cuda" if work.compile is None else work.compile
-    sharded_backbone, float16 = student["backbone"].group > 1, student["backbone"].float16
-    kept = backbone_activations(work, c, sharded=sharded_backbone, float16=float16, compiled=compiled)
+    kept = backbone_activations(
+        work,
+        c,
+        sharded=student["backbone"].group > 1,
+        float16=student["backbone"].float16,
+        compiled=compiled,
+        device=device,
+    )
     heads = {name: head_memory(work, name, student[name].compute) for name in work.heads}
     scores = {name: _teacher_scores(work, name, teacher[name].compute) for name in work.heads}
     largest_scores = max(
