@@ -30,8 +30,8 @@ def left_to_autograd(function: Callable) -> Callable:
 def kept(x: Tensor) -> Tensor:
     """Return ``x``; where a backward pass needs it, compiled code keeps it, and does not compute it again.
 
-    What is cheap to compute compiled code otherwise keeps or not as its guesses at sizes have it, and where
-    it does not, it keeps what that is computed of.
+    Whether it keeps what is cheap to compute, or what that is computed from, otherwise depends on how it
+    guesses at their sizes.
     """
     return x.clone()
 

@@ -37,29 +37,33 @@ DRIVER = SimpleNamespace(
 )
 
 
+# What stands in for what, where there is no driver to ask.
+STAND_INS: list[tuple[Any, dict[str, Any]]] = [
+    (
+        torch.cuda,
+        {
+            "is_available": lambda: True,
+            "current_device": lambda: 0,
+            "get_device_properties": lambda device=None: H100,
+            "get_rng_state": lambda device=None: torch.empty(0, dtype=torch.uint8),
+            "set_rng_state": lambda state, device=None: None,
+            "_exchange_device": lambda index: 0,
+            "_maybe_exchange_device": lambda index: 0,
+        },
+    ),
+    (CudaInterface, {"get_device_properties": staticmethod(lambda device=None: H100)}),
+    (triton.runtime.driver, {"_active": DRIVER}),
+    (scheduler, {"has_triton": lambda: True}),
+]
+
+
 @contextmanager
 def absent_gpu() -> Iterator[None]:
     """Let a GPU seem to be there inside the ``with``; where there is one, change nothing."""
     with ExitStack() as stack:
         if not torch.cuda.is_available():
-            for where, names in (
-                (
-                    torch.cuda,
-                    {
-                        "is_available": lambda: True,
-                        "current_device": lambda: 0,
-                        "get_device_properties": lambda device=None: H100,
-                        "get_rng_state": lambda device=None: torch.empty(0, dtype=torch.uint8),
-                        "set_rng_state": lambda state, device=None: None,
-                        "_exchange_device": lambda index: 0,
-                        "_maybe_exchange_device": lambda index: 0,
-                    },
-                ),
-                (CudaInterface, {"get_device_properties": staticmethod(lambda device=None: H100)}),
-                (triton.runtime.driver, {"_active": DRIVER}),
-                (scheduler, {"has_triton": lambda: True}),
-            ):
-                stack.enter_context(mock.patch.multiple(where, **names))
+            for where, others in STAND_INS:
+                stack.enter_context(mock.patch.multiple(where, **others))
         yield
 
 
