@@ -41,7 +41,6 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@cache
 def prepare_compiler() -> None:
     """Tell the compiler of what this package marks for it; not at import, as to load it takes a second."""
     from torch._inductor.lowering import register_lowering

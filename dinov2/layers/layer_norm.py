@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dinov2.compiled import kept, left_to_autograd
+from dinov2.layers.autocast import autocast_dtype
 
 # Where compiled code takes gradients of what is kept rounded. A CPU computes no faster than it reads: there a
 # step of ViT-S/14 was 4 % slower for it.
@@ -24,23 +25,21 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``[..., D]``; the result has the format that ``nn.LayerNorm`` gives."""
-        if self._rounds(x):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = self._kept_dtype(x)
+        if dtype is not None:
             return normalised(x, self.weight, self.bias, self.eps, dtype)
         if self.weight is None or self.weight.element_size() >= x.element_size():
             return super().forward(x)
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
-    def _rounds(self, x: Tensor) -> bool:
-        """Return whether gradients are taken of rounded values; one operator after the other that is slow."""
+    def _kept_dtype(self, x: Tensor) -> torch.dtype | None:
+        """Return in which 16 bits compiled code keeps what gradients are made of; None if it does not."""
         learns = torch.is_grad_enabled() and x.requires_grad and x.dtype == torch.float32
         usual = len(self.normalized_shape) == 1 and self.weight is not None and self.bias is not None
-        if not (self.compiled and learns and usual and torch.compiler.is_compiling()):
-            return False
-        kind = x.device.type
-        rounds = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind).itemsize == 2
-        return rounds and kind in DEVICES
+        pays = self.compiled and x.device.type in DEVICES and torch.compiler.is_compiling()
+        dtype = autocast_dtype(x.device) if learns and usual and pays else None
+        return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
 class _Normalised(torch.autograd.Function):

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2.layers.autocast import autocast_dtype
+
 
 class LayerScale(nn.Module):
     """Multiply each channel by a learned gain ``gamma``.
@@ -69,9 +71,7 @@ def _folds(layer: nn.Module, scale: nn.Module, x: Tensor) -> bool:
         return False
     if not torch.is_grad_enabled() or not scale.gamma.requires_grad or torch.jit.is_tracing():
         return False
-    kind = x.device.type
-    rounds = kind != "meta" and torch.is_autocast_enabled(kind)  # which knows no such device
-    return (torch.get_autocast_dtype(kind) if rounds else layer.weight.dtype) != torch.float16
+    return (autocast_dtype(x.device) or layer.weight.dtype) != torch.float16
 
 
 def _is_watched(*modules: nn.Module) -> bool:

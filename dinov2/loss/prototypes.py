@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2.compiled import compiled
+from dinov2.layers.autocast import autocast_dtype
 from dinov2.layers.prototype_scores import prototype_scores
 from dinov2.loss.targets import Targets, added
 from dinov2.loss.tiles import tiles
@@ -69,9 +70,8 @@ def prototype_cross_entropy(
         The sum over all rows of weight * -sum_k target_k log softmax_k(features @ prototypes.T / temperature)
         (float32, to backpropagate once), and the [n] cross-entropies without weights or graph.
     """
-    kind = features.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
-    with torch.autocast(kind, enabled=False):
+    dtype = autocast_dtype(features.device) or features.dtype
+    with torch.autocast(features.device.type, enabled=False):
         return _CrossEntropy.apply(features, prototypes, tuple(terms), temperature, dtype, compile)
 
 

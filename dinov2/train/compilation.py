@@ -23,6 +23,11 @@ class CompilationError(UserError, RuntimeError):
     """What a run was to compile can not be compiled."""
 
 
+def is_wanted(setting: bool | None, kind: str) -> bool:
+    """Return whether ``train.compile`` asks a device, ``cuda`` or ``cpu``, to compile: by default a GPU."""
+    return kind == "cuda" if setting is None else setting
+
+
 def wants_compiling(setting: bool | None, device: torch.device) -> bool:
     """Return whether a run on ``device`` compiles: what ``train.compile`` says, by default a GPU's does.
 
@@ -32,7 +37,7 @@ def wants_compiling(setting: bool | None, device: torch.device) -> bool:
     Raises:
         ConfigError: the run asks for a compiler that does not work.
     """
-    if setting is False or (setting is None and device.type != "cuda"):
+    if not is_wanted(setting, device.type):
         return False
     obstacle = _missing(device) or _failure(device)
     if setting and obstacle:

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from dinov2 import distributed
 from dinov2.compiled import runs_as_written
 from dinov2.errors import ConfigError, UserError
+from dinov2.layers.autocast import autocast_dtype
 from dinov2.layers.block import Block, run_blocks
 from dinov2.layers.packing import PackedLayout
 from dinov2.layers.stochastic_depth import Subset
@@ -242,12 +243,11 @@ class RecordedBlocks:
 
     def _depends_on(self, planned: Planned, x: Tensor, layout: PackedLayout) -> Any:
         """Return all that a recording depends on beside its inputs."""
-        kind = x.device.type
         parameters = [slots[name] for slots, name in self._slots]
         return (
             layout,
             (x.device, x.dtype, x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+            autocast_dtype(x.device),
             tuple(subset.layout for _, subsets in planned for subset in subsets),
             tuple((id(p), p.data_ptr(), p.requires_grad) for p in parameters if p is not None),
         )

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dinov2.loss.tiles import TILE_BYTES
+from dinov2.train.compilation import is_wanted
 from dinov2.train.planning.activations import FLOAT32, backbone_activations, head_memory
 from dinov2.train.planning.parameters import Networks, Part
 from dinov2.train.planning.workload import Workload
@@ -114,13 +115,12 @@ def step_memory(
     copies = {part.name: _student_copies(part, student[part.name], work.checkpointing) for part in parts}
 
     c = student["backbone"].compute
-    compiled = device == "cuda" if work.compile is None else work.compile
     kept = backbone_activations(
         work,
         c,
         sharded=student["backbone"].group > 1,
         float16=student["backbone"].float16,
-        compiled=compiled,
+        compiled=is_wanted(work.compile, device),
         device=device,
     )
     heads = {name: head_memory(work, name, student[name].compute) for name in work.heads}
